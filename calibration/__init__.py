@@ -1,0 +1,1 @@
+"""Calibration: prompt sets and the capture of real calls."""

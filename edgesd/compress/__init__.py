@@ -1,0 +1,1 @@
+"""Structured pruning and quantization: plans first, then small functions that apply them."""

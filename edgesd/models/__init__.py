@@ -1,0 +1,1 @@
+"""Checkpoints in: loading, export-friendly modules, the torch session, counting."""

@@ -1,0 +1,1 @@
+"""The reference runtime: opens a bundle and draws, without torch."""

@@ -1,0 +1,29 @@
+"""A model that is ready to draw, whatever runs it: what `generate` and `evaluate` take."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from edgesd.manifest import ModelSpec
+from edgesd.runtime.session import Session
+
+if TYPE_CHECKING:
+    from edgesd.runtime.table import SamplerTable
+    from edgesd.runtime.tokenizer import PromptTokenizer
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """spec: the model's facts. session: runs its components. tokenizers: in the order of spec.tokenizers.
+
+    table: (sampler name, steps) -> SamplerTable; raises RequestError for a sampler or step count it lacks.
+    identity: a hash of the weights, the key under which prompt embeddings may be cached.
+    """
+
+    spec: ModelSpec
+    session: Session
+    tokenizers: tuple[PromptTokenizer, ...]
+    table: Callable[[str, int], SamplerTable]
+    identity: str

@@ -1,0 +1,36 @@
+"""The protocol every runtime behind a model follows, and the names its components speak.
+
+| component | inputs | outputs |
+|---|---|---|
+| text_encoder | input_ids [1,L] i64 (i32 on LiteRT) | encoder_hidden_states [1,L,D] f32 (+ text_embeds [1,P] f32 on SDXL's second) |
+| unet | sample [B,C,h,w] f32, timestep [1] f32, encoder_hidden_states [B,L,D] f32 (+ text_embeds [B,P], time_ids [B,6], timestep_cond [B,K]) | model_output [B,C,h,w] f32 |
+| vae_decoder | latents [1,C,h,w] f32, already divided by the scaling factor | image [1,3,H,W] f32, about -1..1 |
+| vae_encoder | image [1,3,H,W] f32 in -1..1 | mean [1,C,h,w] f32, not yet scaled (+ std [1,C,h,w] for a full VAE) |
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Protocol, runtime_checkable
+
+import numpy as np
+
+Arrays = Mapping[str, np.ndarray]
+
+
+@runtime_checkable
+class Session(Protocol):
+    """Runs components by name. Components load on first use; `load` and `unload` only move that moment.
+
+    run: inputs and outputs are keyed by the names above; a wrong name or shape raises RequestError; the outputs are
+    arrays that the caller owns (never views that the next call overwrites).
+    unload: gives the component's memory back; a later run loads it again.
+    """
+
+    def run(self, component: str, inputs: Arrays) -> dict[str, np.ndarray]: ...
+
+    def load(self, component: str) -> None: ...
+
+    def unload(self, component: str) -> None: ...
+
+    def has(self, component: str) -> bool: ...

@@ -1,0 +1,1 @@
+"""Any diffusers scheduler as a table; the names that users know."""

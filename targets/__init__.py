@@ -1,0 +1,117 @@
+"""Targets: each lowers a component to its runtime's file and opens what it made. Loaded by name, never imported.
+
+A target is a module (or package) with the attributes of `Target`. Third parties register theirs in the
+entry-point group `edgesd.targets`. See targets/README.md, "how to add a target".
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from dataclasses import dataclass, field
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol, cast
+
+from edgesd.errors import RequestError, SetupError
+
+if TYPE_CHECKING:
+    from edgesd.manifest import Axes, Downgrade, Manifest, TensorSpec
+    from edgesd.runtime.session import Session
+
+TARGETS = {
+    "onnx-web": "edgesd.targets.onnx_web",
+    "openvino": "edgesd.targets.openvino",
+    "tflite": "edgesd.targets.tflite",
+    "coreml": "edgesd.targets.coreml",
+}
+
+
+@dataclass(frozen=True)
+class Capabilities:
+    """What a target can hold and do. Sizes in bytes; None = no limit known.
+
+    precisions: what `lower` accepts. max_file_bytes: one file. max_component_bytes: weights of one component.
+    index_dtype: what token ids are at its border. layout: how int8 weights reach its converter (folded, unfolded).
+    forms: its flavours beyond the default "".
+    """
+
+    precisions: tuple[str, ...]
+    max_file_bytes: int | None = None
+    max_component_bytes: int | None = None
+    index_dtype: str = "int64"
+    layout: str = "folded"
+    forms: tuple[str, ...] = ("",)
+
+
+@dataclass(frozen=True)
+class Lowered:
+    """What `lower` made. files are relative to the directory it was given, the one to open first.
+
+    inputs and outputs as they stand in the artefact (dtype and shape may differ from the torch module's).
+    compute_units: the target's own hint for this component, "" for none.
+    """
+
+    files: tuple[Path, ...]
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    downgrades: tuple[Downgrade, ...] = ()
+    compute_units: str = ""
+
+
+@dataclass(frozen=True)
+class OpCount:
+    """Operations of one artefact by type and precision, e.g. {("Conv", "float32"): 31}."""
+
+    counts: dict[tuple[str, str], int] = field(default_factory=dict)
+
+
+class Target(Protocol):
+    """What a target module offers. Vendor SDKs are imported inside the functions.
+
+    name: as on the command line. extra: the pip extra that brings its SDK. modules: what must import to `open`;
+    lower_modules: what must import to `lower`. status: "executed" or "interpreted" when opened on this platform.
+    """
+
+    name: str
+    extra: str
+    modules: tuple[str, ...]
+    lower_modules: tuple[str, ...]
+    capabilities: Capabilities
+
+    def lower(self, component: Any, axes: Axes, directory: Path, **options: Any) -> Lowered: ...
+
+    def open(self, directory: Path, manifest: Manifest, **options: Any) -> Session: ...
+
+    def count_operations(self, path: Path) -> OpCount: ...
+
+    def runtime_version(self) -> str: ...
+
+
+def names() -> tuple[str, ...]:
+    """All target names: the built-in ones, then those of installed plug-ins."""
+    return (*TARGETS, *sorted(e.name for e in entry_points(group="edgesd.targets") if e.name not in TARGETS))
+
+
+def load(name: str, *, lowering: bool = False) -> Target:
+    """The target module `name`. Raises RequestError (unknown), SetupError (its packages are missing: says which pip install)."""
+    if name in TARGETS:
+        module = importlib.import_module(TARGETS[name])
+    else:
+        found = [e for e in entry_points(group="edgesd.targets") if e.name == name]
+        if not found:
+            raise RequestError(f"target {name!r}", ", ".join(names()), "Choose one of these with --target")
+        module = found[0].load()
+    target = cast(Target, module)
+    missing = missing_modules(target, lowering=lowering)
+    if missing:
+        extra = f"package,{target.extra}" if lowering else target.extra
+        raise SetupError(f"target {name} needs {', '.join(missing)}, not installed here", f'pip install "edgesd[{extra}]"',
+                         "Install that and run the same command again")
+    return target
+
+
+def missing_modules(target: Target, *, lowering: bool = False) -> list[str]:
+    """Names of the packages that `target` needs (to open, or to lower) and that do not import here."""
+    wanted = (*target.modules, *target.lower_modules) if lowering else target.modules
+    return [name for name in dict.fromkeys(wanted) if importlib.util.find_spec(name.split(".")[0]) is None]
