@@ -1,0 +1,1 @@
+"""Core ML: lowering to .mlpackage, and an interpreter that runs it anywhere."""
