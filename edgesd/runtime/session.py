@@ -25,6 +25,7 @@ class Session(Protocol):
     run: inputs and outputs are keyed by the names above; a wrong name or shape raises RequestError; the outputs are
     arrays that the caller owns (never views that the next call overwrites).
     unload: gives the component's memory back; a later run loads it again.
+    batches: rows a call may have, e.g. (1,) or (1, 2); None = any number.
     """
 
     def run(self, component: str, inputs: Arrays) -> dict[str, np.ndarray]: ...
@@ -34,3 +35,5 @@ class Session(Protocol):
     def unload(self, component: str) -> None: ...
 
     def has(self, component: str) -> bool: ...
+
+    def batches(self, component: str) -> tuple[int, ...] | None: ...
