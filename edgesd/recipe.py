@@ -1,0 +1,110 @@
+"""What the user asked `package` for: frozen, checked, from flags or a TOML file, hashed and echoed in the manifest."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import tomllib
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from edgesd.errors import RequestError
+
+Precision = Literal["fp32", "fp16"]
+MAX_SIDE_PX = 4096
+
+
+class Recipe(BaseModel):
+    """One packaging request. `None` means: what the checkpoint or the target says.
+
+    source: diffusers folder, hub id, or None for the embedded model. target: one name.
+    precision: None = the target's default. vae: "tiny", "full" (what the checkpoint holds must match) or a VAE folder.
+    samplers: names whose tables ship; steps: the range of step counts each holds.
+    size_px: (height, width), multiples of the model's downscale. batch2: also a UNet that takes both halves of guidance.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    source: str | None = None
+    revision: str | None = None
+    target: str
+    precision: Precision | None = None
+    vae: str | None = None
+    samplers: tuple[str, ...] = ()
+    steps: tuple[Annotated[int, Field(ge=1, le=1000)], Annotated[int, Field(ge=1, le=1000)]] = (1, 50)
+    size_px: tuple[int, int] | None = None
+    batch2: bool = False
+    forms: tuple[str, ...] = ()
+    minimum_target: Literal["iOS17", "iOS18"] = "iOS17"
+    chunks: Annotated[int, Field(ge=1, le=2)] = 1
+    seed: Annotated[int, Field(ge=0, le=2**53 - 1)] = 0
+
+    @field_validator("steps")
+    @classmethod
+    def _ordered(cls, steps: tuple[int, int]) -> tuple[int, int]:
+        if steps[0] > steps[1]:
+            raise ValueError(f"steps {steps[0]}-{steps[1]} run backwards")
+        return steps
+
+    @field_validator("size_px")
+    @classmethod
+    def _sane(cls, size: tuple[int, int] | None) -> tuple[int, int] | None:
+        if size is not None and not all(8 <= side <= MAX_SIDE_PX for side in size):
+            raise ValueError(f"sides from 8 to {MAX_SIDE_PX} px")
+        return size
+
+    def digest(self) -> str:
+        """sha256 of the request, the same for the same request on every machine."""
+        return hashlib.sha256(json.dumps(self.model_dump(mode="json"), sort_keys=True).encode()).hexdigest()
+
+    def echo(self) -> dict[str, Any]:
+        """The request as the manifest shows it: a local folder appears by its name alone."""
+        shown = self.model_dump(mode="json")
+        for key in ("source", "vae"):
+            if isinstance(shown[key], str) and (Path(shown[key]).is_absolute() or Path(shown[key]).exists()):
+                shown[key] = Path(shown[key]).name
+        return shown
+
+
+def make_recipe(**fields: Any) -> Recipe:
+    """A checked Recipe. Raises RequestError that names the field."""
+    try:
+        return Recipe(**fields)
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = ".".join(str(part) for part in first["loc"])
+        allowed = first.get("ctx", {}).get("expected", first["msg"])
+        raise RequestError(f"{field} = {first['input']!r}", str(allowed), f"Change {field}") from None
+
+
+def read_recipe(path: Path) -> dict[str, Any]:
+    """The fields of a TOML recipe file; flags given beside it win. Raises RequestError."""
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise RequestError(f"no recipe file {str(path)!r}", "a TOML file", "Check the path") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise RequestError(f"recipe {path.name} does not parse ({error})", "TOML", "Mend that line") from None
+
+
+def parse_steps(text: str) -> tuple[int, int]:
+    """"20" -> (20, 20), "1-50" -> (1, 50)."""
+    matched = re.fullmatch(r"(\d{1,4})(?:-(\d{1,4}))?", text.strip())
+    if matched is None:
+        raise RequestError(f"steps {text!r}", "a count such as 20 or a range such as 1-50", "Change --steps")
+    return int(matched[1]), int(matched[2] if matched[2] is not None else matched[1])
+
+
+def parse_size(text: str, multiple: int = 8) -> tuple[int, int]:
+    """"128" -> (128, 128); "512x768" is width x height as people say it -> (768, 512). Raises RequestError."""
+    matched = re.fullmatch(r"(\d{1,5})(?:[xX](\d{1,5}))?", text.strip())
+    if matched is None:
+        raise RequestError(f"size {text!r}", "one side such as 512, or WIDTHxHEIGHT such as 512x768", "Change --size-px")
+    width = int(matched[1])
+    height = int(matched[2]) if matched[2] is not None else width
+    if width % multiple or height % multiple or not (multiple <= min(width, height) and max(width, height) <= MAX_SIDE_PX):
+        raise RequestError(f"size {text!r}", f"sides that are multiples of {multiple}, at most {MAX_SIDE_PX}", "Change --size-px")
+    return height, width
