@@ -1,0 +1,271 @@
+"""The command line: each verb checks its words, calls one function of one room, and prints what came of it.
+
+Results go to stdout (one JSON object with --json), progress and errors to stderr. Exit codes: 0 ok, 2 bad request,
+3 a quality gate not met, 4 broken or hostile data, 5 the environment lacks something, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from edgesd.errors import EdgesdError
+
+app = typer.Typer(
+    name="edgesd",
+    help="Stable-Diffusion-family models onto phones, browsers and laptops.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Model = Annotated[
+    str | None, typer.Option("-m", "--model", help="Bundle, diffusers folder or hub id; the embedded model if left out.")
+]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+Threads = Annotated[int | None, typer.Option("--threads", min=1, help="Processor threads; all if left out.")]
+Device = Annotated[str | None, typer.Option("--device", help="OpenVINO device: CPU, GPU or NPU.")]
+Rng = Annotated[str, typer.Option("--rng", help="philox (portable) or torch (diffusers' noise).")]
+
+
+@app.command()
+def generate(
+    prompt: Annotated[str | None, typer.Argument(help="What to draw.")] = None,
+    model: Model = None,
+    negative: Annotated[str, typer.Option("--negative", help="What to keep out.")] = "",
+    seed: Annotated[int | None, typer.Option("--seed", help="0 to 2^53-1; picked and printed if left out.")] = None,
+    steps: Annotated[int | None, typer.Option("--steps", help="1 to 1000, as far as the bundle has tables.")] = None,
+    sampler: Annotated[str | None, typer.Option("--sampler", help="A name that `edgesd samplers` lists.")] = None,
+    guidance: Annotated[float | None, typer.Option("--guidance", help="1 turns guidance off.")] = None,
+    guidance_until: Annotated[float, typer.Option("--guidance-until", help="Share of the run with guidance.")] = 1.0,
+    guidance_schedule: Annotated[
+        str, typer.Option("--guidance-schedule", help="constant, linear, cosine, interval, three_stage.")
+    ] = "constant",
+    guidance_rescale: Annotated[float, typer.Option("--guidance-rescale", help="0 to 1.")] = 0.0,
+    early_stop: Annotated[
+        float | None, typer.Option("--early-stop", help="Stop when x0 changes less than this (0.01 is cautious).")
+    ] = None,
+    image: Annotated[Path | None, typer.Option("--image", help="Picture to start from.")] = None,
+    mask: Annotated[Path | None, typer.Option("--mask", help="White is redrawn, black is kept.")] = None,
+    strength: Annotated[float, typer.Option("--strength", help="0 keeps the picture, 1 starts from noise.")] = 0.8,
+    count: Annotated[int, typer.Option("--count", help="Pictures to draw; the prompt is encoded once.")] = 1,
+    output: Annotated[Path, typer.Option("-o", "--output", help="PNG to write; -1, -2 … are added for several.")] = Path(
+        "out.png"
+    ),
+    rng: Rng = "philox",
+    preview: Annotated[bool, typer.Option("--preview", help="Rewrite OUTPUT with a preview at each step.")] = False,
+    repeat: Annotated[Path | None, typer.Option("--from", help="Repeat a picture that edgesd made.")] = None,
+    threads: Threads = None,
+    device: Device = None,
+    as_json: Json = False,
+) -> None:
+    """Draw a picture. Its settings go into the PNG; `--from picture.png` repeats it to the pixel."""
+    from edgesd import drawing
+
+    request = drawing.Request(
+        prompt=prompt, negative_prompt=negative, seed=seed, num_inference_steps=steps, sampler=sampler,
+        guidance_scale=guidance, guidance_until=guidance_until, guidance_schedule=guidance_schedule,
+        guidance_rescale=guidance_rescale, early_stop=early_stop, image=image, mask=mask, strength=strength,
+        num_images=count, rng=rng,
+    )  # fmt: skip
+    result = drawing.draw(request, model, output, repeat=repeat, preview=preview, threads=threads, device=device)
+    _show(result, as_json, drawing.describe(result))
+
+
+@app.command()
+def evaluate(
+    model: Model = None,
+    against: Annotated[str | None, typer.Option("--against", help="Compare with this model or bundle.")] = None,
+    prompts: Annotated[int, typer.Option("--prompts", min=1, max=100_000, help="Held-out captions.")] = 128,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Which captions and noise.")] = 0,
+    steps: Annotated[int | None, typer.Option("--steps")] = 20,
+    sampler: Annotated[str | None, typer.Option("--sampler")] = "dpmpp_2m_karras",
+    guidance: Annotated[float | None, typer.Option("--guidance")] = 4.0,
+    sheet: Annotated[Path | None, typer.Option("--sheet", help="Contact sheet PNG: prompt, picture, verdict.")] = None,
+    threads: Threads = None,
+    device: Device = None,
+    as_json: Json = False,
+) -> None:
+    """Measure how well pictures show what their captions say (the embedded model's world)."""
+    from edgesd import drawing
+
+    report = drawing.evaluate_model(
+        model, against, prompts=prompts, seed=seed, steps=steps, sampler=sampler, guidance=guidance, sheet=sheet,
+        threads=threads, device=device,
+    )  # fmt: skip
+    _show(report.to_json(), as_json, report.describe())
+
+
+@app.command()
+def package(
+    model: Annotated[str | None, typer.Argument(help="Diffusers folder or hub id; the embedded model if left out.")] = None,
+    target: Annotated[list[str], typer.Option("--target", help="onnx-web, openvino, tflite, coreml or all.")] = ...,  # type: ignore[assignment]
+    precision: Annotated[str | None, typer.Option("--precision", help="fp32 or fp16; each target's own if left out.")] = None,
+    vae: Annotated[str | None, typer.Option("--vae", help="tiny, full or a VAE folder.")] = None,
+    sampler: Annotated[list[str] | None, typer.Option("--sampler", help="Tables to ship; repeatable.")] = None,
+    steps: Annotated[str, typer.Option("--steps", help="Step counts the tables hold.")] = "1-50",
+    size_px: Annotated[str | None, typer.Option("--size-px", help="512 or 512x768 (width x height).")] = None,
+    batch2: Annotated[bool, typer.Option("--batch2", help="Also a UNet that takes both halves of guidance.")] = False,
+    form: Annotated[list[str] | None, typer.Option("--form", help="Extra flavours: webgpu, gpu, split_einsum.")] = None,
+    chunks: Annotated[int, typer.Option("--chunks", min=1, max=2, help="Core ML: UNet in so many pieces.")] = 1,
+    minimum_target: Annotated[str, typer.Option("--minimum-target", help="Core ML: iOS17 or iOS18.")] = "iOS17",
+    revision: Annotated[str | None, typer.Option("--revision", help="Hub revision.")] = None,
+    output: Annotated[Path, typer.Option("-o", "--output", help="Folder that receives the bundles.")] = Path("."),
+    force: Annotated[bool, typer.Option("--force", help="Replace an existing bundle once the new one is whole.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be made, how big, how much memory.")] = False,
+    recipe: Annotated[Path | None, typer.Option("--recipe", help="TOML file with any of these; flags win.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Turn a checkpoint into one bundle per target, each run and measured before it ships."""
+    from edgesd import packager
+    from edgesd.recipe import parse_size, parse_steps, read_recipe
+
+    fields: dict[str, Any] = read_recipe(recipe) if recipe is not None else {}
+    given = {
+        "source": model, "precision": precision, "vae": vae, "samplers": tuple(sampler) if sampler else None,
+        "size_px": parse_size(size_px) if size_px is not None else None, "forms": tuple(form) if form else None,
+        "batch2": batch2 if batch2 else None, "chunks": chunks if chunks != 1 else None, "revision": revision,
+        "minimum_target": minimum_target if minimum_target != "iOS17" else None,
+        "steps": parse_steps(steps) if steps != "1-50" else None,
+    }  # fmt: skip
+    fields |= {key: value for key, value in given.items() if value is not None}
+    result = packager.package_all(fields, target, output, force=force, dry_run=dry_run)
+    _show(result.to_json(), as_json, result.table())
+
+
+@app.command()
+def validate(bundle: Path, as_json: Json = False) -> None:
+    """Hold a bundle against its float32 truth: hashes, golden vectors, every component, a whole picture."""
+    from edgesd import validate as room
+
+    report = room.validate(bundle)
+    _show(report.to_json(), as_json, report.table())
+    report.require()
+
+
+@app.command()
+def selftest(bundle: Path, as_json: Json = False) -> None:
+    """Run a bundle's own golden vectors, as an app does at first start."""
+    from edgesd import validate as room
+
+    report = room.selftest(bundle)
+    _show(report.to_json(), as_json, report.table())
+    report.require()
+
+
+@app.command()
+def inspect(bundle: Path, as_json: Json = False) -> None:
+    """Components, variants, sizes, operations by type and precision, tables."""
+    from edgesd import inspection
+
+    _show(*_pair(inspection.inspect(bundle), as_json))
+
+
+@app.command()
+def bench(
+    bundle: Path,
+    runs: Annotated[int, typer.Option("--runs", min=1, max=1000)] = 7,
+    threads: Threads = None,
+    device: Device = None,
+    as_json: Json = False,
+) -> None:
+    """Cold load, warm load, seconds per call by component, peak memory: medians and spread."""
+    from edgesd import inspection
+
+    _show(*_pair(inspection.bench(bundle, runs=runs, threads=threads, device=device), as_json))
+
+
+@app.command()
+def doctor(as_json: Json = False) -> None:
+    """Versions, extras, disk, memory, and what each target can do here."""
+    from edgesd import inspection
+
+    _show(*_pair(inspection.doctor(), as_json))
+
+
+@app.command()
+def samplers(
+    steps: Annotated[int, typer.Option("--steps", min=1, max=1000, help="Count UNet calls for so many steps.")] = 20,
+    as_json: Json = False,
+) -> None:
+    """List the samplers and what each costs."""
+    from edgesd import inspection
+
+    _show(*_pair(inspection.samplers(steps), as_json))
+
+
+@app.command()
+def cache(
+    clear: Annotated[bool, typer.Option("--clear", help="Delete all cached stages and prompt embeddings.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Show or clear what edgesd keeps between runs."""
+    from edgesd import inspection
+
+    _show(*_pair(inspection.cache(clear=clear), as_json))
+
+
+@app.command(name="manifest-schema")
+def manifest_schema() -> None:
+    """Print the JSON Schema of manifest.json."""
+    from edgesd.manifest import json_schema
+
+    typer.echo(json.dumps(json_schema(), indent=1))
+
+
+def _pair(result: Any, as_json: bool) -> tuple[dict[str, Any], bool, Any]:
+    return result.to_json(), as_json, None if as_json else result.table()
+
+
+def _show(result: dict[str, Any], as_json: bool, rendered: Any) -> None:
+    """One JSON object, or a rich table or text, on stdout."""
+    if as_json:
+        typer.echo(json.dumps(result, ensure_ascii=False, allow_nan=False))
+    else:
+        from rich.console import Console
+
+        Console(soft_wrap=isinstance(rendered, str), highlight=False).print(rendered)
+
+
+def main() -> None:
+    """Entry point: runs a verb and turns errors into one clear line and an exit code."""
+    try:
+        code = app(standalone_mode=False)
+    except EdgesdError as error:
+        code = _fail(str(error), error.exit_code)
+    except typer.Exit as stop:
+        code = stop.exit_code
+    except (KeyboardInterrupt, typer.Abort):
+        code = _fail("interrupted; nothing half-done was left behind", 130)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 0
+    except OSError as error:
+        code = _fail(_system_error(error), 5)
+    except Exception as error:  # click's usage errors carry their own words
+        if not hasattr(error, "format_message"):
+            raise
+        code = _fail(f"{error.format_message()}. Run: edgesd {' '.join(sys.argv[1:2])} --help", 2)
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _fail(message: str, code: int) -> int:
+    typer.secho(f"edgesd: {message}", err=True, fg="red" if sys.stderr.isatty() else None)
+    return code
+
+
+def _system_error(error: OSError) -> str:
+    import errno
+
+    where = f" ({error.filename})" if error.filename else ""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return f"no space left on the disk{where}; free some, or choose another place with -o"
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return f"no permission to write{where}; choose another place with -o"
+    return f"{error.strerror if error.strerror else error}{where}"
