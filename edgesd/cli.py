@@ -26,7 +26,8 @@ app = typer.Typer(
 )
 
 Model = Annotated[
-    str | None, typer.Option("-m", "--model", help="Bundle, diffusers folder or hub id; the embedded model if left out.")
+    str | None,
+    typer.Option("-m", "--model", help="Bundle, diffusers folder or hub id; the embedded model if left out."),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 Threads = Annotated[int | None, typer.Option("--threads", min=1, help="Processor threads; all if left out.")]
@@ -55,9 +56,9 @@ def generate(
     mask: Annotated[Path | None, typer.Option("--mask", help="White is redrawn, black is kept.")] = None,
     strength: Annotated[float, typer.Option("--strength", help="0 keeps the picture, 1 starts from noise.")] = 0.8,
     count: Annotated[int, typer.Option("--count", help="Pictures to draw; the prompt is encoded once.")] = 1,
-    output: Annotated[Path, typer.Option("-o", "--output", help="PNG to write; -1, -2 … are added for several.")] = Path(
-        "out.png"
-    ),
+    output: Annotated[
+        Path, typer.Option("-o", "--output", help="PNG to write; -1, -2 … are added for several.")
+    ] = Path("out.png"),
     rng: Rng = "philox",
     preview: Annotated[bool, typer.Option("--preview", help="Rewrite OUTPUT with a preview at each step.")] = False,
     repeat: Annotated[Path | None, typer.Option("--from", help="Repeat a picture that edgesd made.")] = None,
@@ -104,9 +105,13 @@ def evaluate(
 
 @app.command()
 def package(
-    model: Annotated[str | None, typer.Argument(help="Diffusers folder or hub id; the embedded model if left out.")] = None,
+    model: Annotated[
+        str | None, typer.Argument(help="Diffusers folder or hub id; the embedded model if left out.")
+    ] = None,
     target: Annotated[list[str], typer.Option("--target", help="onnx-web, openvino, tflite, coreml or all.")] = ...,  # type: ignore[assignment]
-    precision: Annotated[str | None, typer.Option("--precision", help="fp32 or fp16; each target's own if left out.")] = None,
+    precision: Annotated[
+        str | None, typer.Option("--precision", help="fp32 or fp16; each target's own if left out.")
+    ] = None,
     vae: Annotated[str | None, typer.Option("--vae", help="tiny, full or a VAE folder.")] = None,
     sampler: Annotated[list[str] | None, typer.Option("--sampler", help="Tables to ship; repeatable.")] = None,
     steps: Annotated[str, typer.Option("--steps", help="Step counts the tables hold.")] = "1-50",
@@ -117,8 +122,12 @@ def package(
     minimum_target: Annotated[str, typer.Option("--minimum-target", help="Core ML: iOS17 or iOS18.")] = "iOS17",
     revision: Annotated[str | None, typer.Option("--revision", help="Hub revision.")] = None,
     output: Annotated[Path, typer.Option("-o", "--output", help="Folder that receives the bundles.")] = Path("."),
-    force: Annotated[bool, typer.Option("--force", help="Replace an existing bundle once the new one is whole.")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be made, how big, how much memory.")] = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="Replace an existing bundle once the new one is whole.")
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what would be made, how big, how much memory.")
+    ] = False,
     recipe: Annotated[Path | None, typer.Option("--recipe", help="TOML file with any of these; flags win.")] = None,
     as_json: Json = False,
 ) -> None:

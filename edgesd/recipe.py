@@ -23,7 +23,7 @@ class Recipe(BaseModel):
     source: diffusers folder, hub id, or None for the embedded model. target: one name.
     precision: None = the target's default. vae: "tiny", "full" (what the checkpoint holds must match) or a VAE folder.
     samplers: names whose tables ship; steps: the range of step counts each holds.
-    size_px: (height, width), multiples of the model's downscale. batch2: also a UNet that takes both halves of guidance.
+    size_px: (height, width), multiples of the model's downscale. batch2: also a UNet for guidance in one call.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
@@ -91,7 +91,7 @@ def read_recipe(path: Path) -> dict[str, Any]:
 
 
 def parse_steps(text: str) -> tuple[int, int]:
-    """"20" -> (20, 20), "1-50" -> (1, 50)."""
+    """ "20" -> (20, 20), "1-50" -> (1, 50)."""
     matched = re.fullmatch(r"(\d{1,4})(?:-(\d{1,4}))?", text.strip())
     if matched is None:
         raise RequestError(f"steps {text!r}", "a count such as 20 or a range such as 1-50", "Change --steps")
@@ -99,12 +99,20 @@ def parse_steps(text: str) -> tuple[int, int]:
 
 
 def parse_size(text: str, multiple: int = 8) -> tuple[int, int]:
-    """"128" -> (128, 128); "512x768" is width x height as people say it -> (768, 512). Raises RequestError."""
+    """ "128" -> (128, 128); "512x768" is width x height as people say it -> (768, 512). Raises RequestError."""
     matched = re.fullmatch(r"(\d{1,5})(?:[xX](\d{1,5}))?", text.strip())
     if matched is None:
-        raise RequestError(f"size {text!r}", "one side such as 512, or WIDTHxHEIGHT such as 512x768", "Change --size-px")
+        raise RequestError(
+            f"size {text!r}", "one side such as 512, or WIDTHxHEIGHT such as 512x768", "Change --size-px"
+        )
     width = int(matched[1])
     height = int(matched[2]) if matched[2] is not None else width
-    if width % multiple or height % multiple or not (multiple <= min(width, height) and max(width, height) <= MAX_SIDE_PX):
-        raise RequestError(f"size {text!r}", f"sides that are multiples of {multiple}, at most {MAX_SIDE_PX}", "Change --size-px")
+    if (
+        width % multiple
+        or height % multiple
+        or not (multiple <= min(width, height) and max(width, height) <= MAX_SIDE_PX)
+    ):
+        raise RequestError(
+            f"size {text!r}", f"sides that are multiples of {multiple}, at most {MAX_SIDE_PX}", "Change --size-px"
+        )
     return height, width

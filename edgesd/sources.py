@@ -78,7 +78,9 @@ def open_bundle(folder: Path, verify: bool | None = None, **options: Any) -> Pip
                     raise DataError(f"{entry.file} lacks {name} with {steps} steps", "what the manifest lists",
                                     "Package the model again") from None  # fmt: skip
         have = ", ".join(entry.name for entry in manifest.samplers)
-        raise RequestError(f"sampler {name!r}", f"this bundle holds {have}", f"Choose one of these, or package with --sampler {name}")
+        raise RequestError(
+            f"sampler {name!r}", f"this bundle holds {have}", f"Choose one of these, or package with --sampler {name}"
+        )
 
     return Pipeline(
         spec=manifest.model,

@@ -94,7 +94,7 @@ def names() -> tuple[str, ...]:
 
 
 def load(name: str, *, lowering: bool = False) -> Target:
-    """The target module `name`. Raises RequestError (unknown), SetupError (its packages are missing: says which pip install)."""
+    """The target module `name`. Raises RequestError (unknown), SetupError (says which pip install)."""
     if name in TARGETS:
         module = importlib.import_module(TARGETS[name])
     else:
@@ -106,8 +106,11 @@ def load(name: str, *, lowering: bool = False) -> Target:
     missing = missing_modules(target, lowering=lowering)
     if missing:
         extra = f"package,{target.extra}" if lowering else target.extra
-        raise SetupError(f"target {name} needs {', '.join(missing)}, not installed here", f'pip install "edgesd[{extra}]"',
-                         "Install that and run the same command again")
+        raise SetupError(
+            f"target {name} needs {', '.join(missing)}, not installed here",
+            f'pip install "edgesd[{extra}]"',
+            "Install that and run the same command again",
+        )
     return target
 
 

@@ -1,4 +1,4 @@
-"""The torch session: a loaded checkpoint behind the runtime's protocol. The float32 truth every bundle is held against."""
+"""The torch session: a loaded checkpoint behind the runtime's protocol, and the truth that bundles are held against."""
 
 from __future__ import annotations
 
@@ -56,7 +56,9 @@ class TorchSession:
             try:
                 outputs = _CALLS[component](self._modules, tensors)
             except KeyError as error:
-                raise RequestError(f"{component} was called without {error}", "the inputs its docstring names", "Pass it") from None
+                raise RequestError(
+                    f"{component} was called without {error}", "the inputs its docstring names", "Pass it"
+                ) from None
         return {k: v.float().cpu().numpy() for k, v in outputs.items()}
 
     def _tensor(self, array: np.ndarray) -> torch.Tensor:
@@ -80,8 +82,11 @@ def _text_encoder(modules: dict, x: Tensors) -> Tensors:
 def _unet(modules: dict, x: Tensors) -> Tensors:
     added = {k: x[k] for k in ("text_embeds", "time_ids") if k in x} or None
     sample = modules["unet"](
-        x["sample"], x["timestep"].expand(len(x["sample"])), x["encoder_hidden_states"],
-        timestep_cond=x.get("timestep_cond"), added_cond_kwargs=added,
+        x["sample"],
+        x["timestep"].expand(len(x["sample"])),
+        x["encoder_hidden_states"],
+        timestep_cond=x.get("timestep_cond"),
+        added_cond_kwargs=added,
     ).sample
     return {"model_output": sample}
 
