@@ -1,0 +1,132 @@
+"""Tiny random models of each family, made in well under a second: plain functions, the same weights each time.
+
+`modules(family)` and `spec(family)` fit together as `edgesd.models.load` would give them.
+Families: sd1, sd2, sdxl, sdxl_refiner, inpaint (9 channels), lcm (guidance embedding).
+"""
+
+from __future__ import annotations
+
+import torch
+
+from edgesd.manifest import Defaults, LatentSpec, ModelSpec, TokenizerSpec
+
+FAMILIES = ("sd1", "sd2", "sdxl", "sdxl_refiner", "inpaint", "lcm")
+VOCABULARY, TOKENS, TEXT, POOLED = 99, 12, 16, 24
+SIZE_PX = (64, 96)  # not square, so that a swap of height and width shows
+
+
+def unet(family: str = "sd1", *, heads: int = 2) -> torch.nn.Module:
+    """A UNet2DConditionModel of about 0.1 M parameters, with the structure that marks its family."""
+    from diffusers import UNet2DConditionModel
+
+    torch.manual_seed(1)
+    sdxl, text = family.startswith("sdxl"), context(family)
+    options = {}
+    if sdxl:
+        ids = 5 if family == "sdxl_refiner" else 6
+        options = {
+            "addition_embed_type": "text_time",
+            "addition_time_embed_dim": 8,
+            "projection_class_embeddings_input_dim": POOLED + ids * 8,
+            "transformer_layers_per_block": (1, 2),
+        }
+    if family == "lcm":
+        options = {"time_cond_proj_dim": 10}
+    model = UNet2DConditionModel(
+        sample_size=8,
+        in_channels=9 if family == "inpaint" else 4,
+        out_channels=4,
+        layers_per_block=1,
+        block_out_channels=(16, 32),
+        norm_num_groups=4,
+        down_block_types=("DownBlock2D" if sdxl else "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D" if sdxl else "CrossAttnUpBlock2D"),
+        cross_attention_dim=text,
+        attention_head_dim=heads,
+        use_linear_projection=sdxl or family == "sd2",
+        **options,
+    )
+    return model.eval().requires_grad_(False)
+
+
+def text_encoder(*, width: int = TEXT, projection: bool = False, eos_id: int = VOCABULARY - 1) -> torch.nn.Module:
+    """A CLIP text tower of 3 layers; with `projection` the second one of SDXL."""
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+    torch.manual_seed(2)
+    config = CLIPTextConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=width,
+        intermediate_size=2 * width,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        max_position_embeddings=TOKENS,
+        projection_dim=POOLED,
+        hidden_act="gelu" if projection else "quick_gelu",
+        bos_token_id=VOCABULARY - 2,
+        eos_token_id=eos_id,
+        pad_token_id=VOCABULARY - 1,
+    )
+    kind = CLIPTextModelWithProjection if projection else CLIPTextModel
+    return kind(config).eval().requires_grad_(False)
+
+
+def vae(kind: str = "tiny") -> torch.nn.Module:
+    """An AutoencoderTiny or, with kind "full", an AutoencoderKL with attention; both scale by 8."""
+    from diffusers import AutoencoderKL, AutoencoderTiny
+
+    torch.manual_seed(3)
+    widths = (8, 8, 8, 8)
+    if kind == "tiny":
+        model = AutoencoderTiny(
+            encoder_block_out_channels=widths, decoder_block_out_channels=widths,
+            num_encoder_blocks=(1, 1, 1, 1), num_decoder_blocks=(1, 1, 1, 1), scaling_factor=1.01,
+        )  # fmt: skip
+    else:
+        model = AutoencoderKL(
+            block_out_channels=widths, norm_num_groups=4, layers_per_block=1, scaling_factor=0.18215,
+            down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
+        )  # fmt: skip
+    return model.eval().requires_grad_(False)
+
+
+def context(family: str) -> int:
+    """Width of the text states that the family's UNet takes (SDXL: both towers side by side)."""
+    return {"sdxl": TEXT + POOLED, "sdxl_refiner": POOLED}.get(family, TEXT)
+
+
+def modules(family: str = "sd1", vae_kind: str = "tiny") -> dict[str, torch.nn.Module]:
+    """All modules of a family, keyed as `LoadedModel.modules`."""
+    made = {"unet": unet(family), "vae": vae(vae_kind)}
+    if family != "sdxl_refiner":
+        made["text_encoder"] = text_encoder()
+    if family.startswith("sdxl"):
+        made["text_encoder_2"] = text_encoder(width=POOLED, projection=True)
+    return made
+
+
+def spec(family: str = "sd1", vae_kind: str = "tiny") -> ModelSpec:
+    """The facts that go with `modules(family, vae_kind)`."""
+    sdxl = family.startswith("sdxl")
+    encoders = {"sdxl": ("text_encoder", "text_encoder_2"), "sdxl_refiner": ("text_encoder_2",)}
+    return ModelSpec(
+        name=f"tiny-{family}",
+        family={"inpaint": "sd1", "lcm": "sd1"}.get(family, family),
+        prediction_type="v_prediction" if family == "sd2" else "epsilon",
+        unet_in_channels=9 if family == "inpaint" else 4,
+        latent=LatentSpec(channels=4, downscale=8, scaling_factor=1.01 if vae_kind == "tiny" else 0.18215),
+        tokenizers=tuple(
+            TokenizerSpec(
+                file=f"{name.replace('text_encoder', 'tokenizer')}/tokenizer.json",
+                component=name,
+                max_length=TOKENS,
+                bos_id=VOCABULARY - 2,
+                eos_id=VOCABULARY - 1,
+                pad_id=VOCABULARY - 1,
+            )
+            for name in encoders.get(family, ("text_encoder",))
+        ),
+        defaults=Defaults(sampler="euler", size_px=SIZE_PX),
+        guidance_embedding_dim=10 if family == "lcm" else 0,
+        time_ids=sdxl,
+    )
