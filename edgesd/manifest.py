@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -20,14 +21,23 @@ FORMAT_MAJOR, FORMAT_MINOR = 1, 0
 FORMAT = f"{FORMAT_MAJOR}.{FORMAT_MINOR}"
 KNOWN_CRITICAL: frozenset[str] = frozenset()
 MAX_MANIFEST_BYTES = 16 << 20
+MAX_BUNDLE_BYTES = 1 << 36  # a sparse file costs its sender nothing and its hasher hours
 MAX_DIM, MAX_ELEMENTS = 1 << 24, 1 << 31
 MAX_INT = 2**53 - 1
 
 
+# Names that Windows keeps for devices, with any extension: a bundle made here must unpack there.
+_DEVICES = re.compile(r"(con|prn|aux|nul|com[0-9]|lpt[0-9])(\..*)?", re.IGNORECASE)
+
+
 def _relative_path(path: str) -> str:
-    """A plain relative POSIX path: no `..`, no drive, no backslash, no control character, no hidden part."""
+    """A plain relative POSIX path: no `..`, no drive or device, no backslash, no control character, no hidden part."""
     parts = path.split("/")
-    if any(not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._ -]{0,127}", part) or part.endswith((".", " ")) for part in parts):
+    if any(_DEVICES.fullmatch(part) for part in parts):
+        raise ValueError("a path must not hold a name that Windows keeps for a device")
+    if any(
+        not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._ -]{0,127}", part) or part.endswith((".", " ")) for part in parts
+    ):
         raise ValueError("a path must be relative, of letters, digits, '.', '_', '-', and stay inside the bundle")
     return path
 
@@ -223,8 +233,12 @@ class Manifest(Frozen):
     @model_validator(mode="after")
     def _closed(self) -> Manifest:
         known = [entry.path for entry in self.files]
-        if len(set(known)) != len(known) or len({path.lower() for path in known}) != len(known):
-            raise ValueError("a file is listed twice")
+        if len({path.lower() for path in known}) != len(known):
+            raise ValueError("a file is listed twice (upper and lower case count as the same)")
+        if "manifest.json" in {path.lower() for path in known}:
+            raise ValueError("manifest.json lists itself")
+        if (total := sum(entry.bytes for entry in self.files)) > MAX_BUNDLE_BYTES:
+            raise ValueError(f"the files have {total} bytes together, more than {MAX_BUNDLE_BYTES}")
         named = {f for c in self.components for v in c.variants for f in v.files}
         named |= {t.file for t in self.model.tokenizers} | {s.file for s in self.samplers}
         named |= {self.golden} if self.golden is not None else set()
@@ -243,45 +257,76 @@ class Manifest(Frozen):
 
 
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    keys = [key for key, _ in pairs]
-    if len(set(keys)) != len(keys):
-        raise ValueError(f"key {next(k for k in keys if keys.count(k) > 1)!r} appears twice")
-    return dict(pairs)
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        twice = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
+        raise ValueError(f"key {twice!r} appears twice")
+    return found
 
 
 def _refuse_constant(text: str) -> float:
     raise ValueError(f"{text} is not a number a manifest may hold")
 
 
+def _whole_number(text: str) -> int:
+    if len(text) > 17 or abs(int(text)) > MAX_INT:
+        raise ValueError("an integer beyond 2^53, which not every reader holds")
+    return int(text)
+
+
+def _shown(text: object, limit: int = 200) -> str:
+    """Foreign text as it may stand in a message: short, and nothing in it that steers a terminal."""
+    return "".join(c if c.isprintable() else "?" for c in str(text)[:limit])
+
+
 def parse(data: bytes) -> Manifest:
-    """Parses and checks manifest bytes. Raises DataError for anything malformed, hostile or too new."""
+    """Parses and checks manifest bytes. Raises DataError for anything malformed, hostile or too new.
+
+    Strict: `true` is no number and "16" no integer, because readers in other languages would not take them so.
+    """
     fix = "Get the bundle again from where it came, or package the model again"
     if len(data) > MAX_MANIFEST_BYTES:
         raise DataError(f"manifest.json has {len(data)} bytes", f"up to {MAX_MANIFEST_BYTES}", fix)
     try:
-        raw = json.loads(data.decode("utf-8"), object_pairs_hook=_no_duplicates, parse_constant=_refuse_constant)
+        raw = json.loads(
+            data.decode("utf-8"),
+            object_pairs_hook=_no_duplicates,
+            parse_constant=_refuse_constant,
+            parse_int=_whole_number,
+        )
+        json.dumps(raw, ensure_ascii=False, allow_nan=False).encode()  # finds 1e999 and halves of surrogate pairs
     except (ValueError, RecursionError) as error:
-        raise DataError(f"manifest.json does not parse ({error})", "strict UTF-8 JSON", fix) from None
+        raise DataError(f"manifest.json does not parse ({_shown(error)})", "strict UTF-8 JSON", fix) from None
     if not isinstance(raw, dict) or not isinstance(raw.get("format"), str):
         raise DataError("manifest.json has no format", f"an object with format {FORMAT}", fix)
     check_format(raw["format"], raw.get("critical", ()))
     try:
-        return Manifest.model_validate(raw)
+        return Manifest.model_validate_json(data, strict=True)
     except (ValidationError, ValueError, RecursionError) as error:
-        first = error.errors()[0] if isinstance(error, ValidationError) else {"loc": (), "msg": str(error)}
+        first = (
+            error.errors(include_url=False, include_input=False)[0]
+            if isinstance(error, ValidationError)
+            else {"loc": (), "msg": str(error)}
+        )
         where = ".".join(str(part) for part in first["loc"]) or "manifest.json"
-        raise DataError(f"manifest.json: {where}: {first['msg']}"[:500], "what docs/bundle.md describes", fix) from None
+        came = f"manifest.json: {_shown(where)}: {_shown(first['msg'])}"
+        raise DataError(came, "what docs/bundle.md describes", fix) from None
 
 
 def check_format(version: str, critical: Any) -> None:
     """Refuses a newer major version and critical features this reader does not know (DataError)."""
     matched = re.fullmatch(r"([0-9]{1,4})\.([0-9]{1,4})", version)
     if matched is None or int(matched[1]) != FORMAT_MAJOR:
-        raise DataError(f"bundle format {version[:40]!r}", f"{FORMAT_MAJOR}.x", "Install the edgesd that made it, or package again")
+        do = "Install the edgesd that made it, or package again"
+        raise DataError(f"bundle format {_shown(version, 40)!r}", f"{FORMAT_MAJOR}.x", do)
     listed = critical if isinstance(critical, list | tuple) else [critical]
-    if unknown := [str(name)[:64] for name in listed if name not in KNOWN_CRITICAL]:
-        raise DataError(f"the bundle needs features this edgesd lacks: {', '.join(unknown)}",
-                        ", ".join(sorted(KNOWN_CRITICAL)) or "none yet", "Update edgesd")
+    if unknown := [name if isinstance(name, str) else "(not a name)" for name in listed if not _known(name)]:
+        came = f"the bundle needs features this edgesd lacks: {_shown(', '.join(unknown[:8]))}"
+        raise DataError(came, ", ".join(sorted(KNOWN_CRITICAL)) or "none yet", "Update edgesd")
+
+
+def _known(name: Any) -> bool:
+    return isinstance(name, str) and name in KNOWN_CRITICAL
 
 
 def dump(manifest: Manifest) -> bytes:
