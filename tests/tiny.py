@@ -130,3 +130,38 @@ def spec(family: str = "sd1", vae_kind: str = "tiny") -> ModelSpec:
         guidance_embedding_dim=10 if family == "lcm" else 0,
         time_ids=sdxl,
     )
+
+
+def embedded() -> tuple[dict[str, torch.nn.Module], ModelSpec]:
+    """The embedded model's own weights in float32 and its facts, without `edgesd.models.load`."""
+    from importlib import resources
+
+    from diffusers import AutoencoderTiny, UNet2DConditionModel
+    from transformers import CLIPTextModel
+
+    folder = str(resources.files("edgesd.models") / "shapes")
+    kinds = {"text_encoder": CLIPTextModel, "unet": UNet2DConditionModel, "vae": AutoencoderTiny}
+    made = {
+        part: kind.from_pretrained(f"{folder}/{part}", torch_dtype=torch.float32).eval().requires_grad_(False)
+        for part, kind in kinds.items()
+    }
+    text = made["text_encoder"].config
+    facts = ModelSpec(
+        name="shapes",
+        family="sd1",
+        prediction_type="epsilon",
+        unet_in_channels=4,
+        latent=LatentSpec(channels=4, downscale=8, scaling_factor=made["vae"].config.scaling_factor),
+        tokenizers=(
+            TokenizerSpec(
+                file="tokenizer/tokenizer.json",
+                component="text_encoder",
+                max_length=text.max_position_embeddings,
+                bos_id=text.bos_token_id,
+                eos_id=text.eos_token_id,
+                pad_id=text.pad_token_id,
+            ),
+        ),
+        defaults=Defaults(sampler="dpmpp_2m", size_px=(128, 128)),
+    )
+    return made, facts

@@ -118,12 +118,16 @@ class Sinusoids(nn.Module):
             )
         half_dim = int(timesteps.num_channels) // 2
         exponent = -math.log(10000) * torch.arange(half_dim, dtype=torch.float32)
-        # No buffer, so that conversion to half precision leaves it alone.
-        self.frequencies = torch.exp(exponent / (half_dim - timesteps.downscale_freq_shift)) * timesteps.scale
+        frequencies = torch.exp(exponent / (half_dim - timesteps.downscale_freq_shift)) * timesteps.scale
+        # Two float16 numbers that sum to the frequency: a target that stores its constants in float16 then loses next
+        # to nothing, where one rounding would turn timestep 999 by 0.2 rad. No buffers: conversion leaves them alone.
+        self.coarse = frequencies.half().float()
+        self.fine = (frequencies - self.coarse).half().float()
         self.cosine_first = timesteps.flip_sin_to_cos
 
     def forward(self, time: torch.Tensor) -> torch.Tensor:
-        angle = time.float().unsqueeze(1) * self.frequencies.unsqueeze(0)
+        time = time.float().unsqueeze(1)
+        angle = time * self.coarse + time * self.fine
         waves = (angle.cos(), angle.sin()) if self.cosine_first else (angle.sin(), angle.cos())
         return torch.cat(waves, dim=1)
 
