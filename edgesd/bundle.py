@@ -17,7 +17,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from edgesd.errors import DataError, RequestError
-from edgesd.files import cache_folder, disk_errors, locked, open_regular, replacing, settle, sha256_file, write_whole
+from edgesd.files import (
+    cache_folder,
+    disk_errors,
+    locked,
+    open_regular,
+    recover,
+    replacing,
+    settle,
+    sha256_file,
+    write_whole,
+)
 from edgesd.manifest import MAX_MANIFEST_BYTES, FileEntry, Manifest, dump, parse
 
 MANIFEST = "manifest.json"
@@ -50,8 +60,8 @@ class Bundle:
         raise RequestError(f"{relpath!r} is no file of {self.folder.name}", "files its manifest lists", "Name one")
 
 
-def read(folder: Path | str, verify: bool = False) -> Bundle:
-    """Opens a bundle. verify: compute every sha256 again, whatever the receipt says.
+def read(folder: Path | str, verify: bool | None = None) -> Bundle:
+    """Opens a bundle. verify=True computes every sha256 again, whatever the receipt says.
 
     Files the manifest does not list are an error (a runtime could be talked into loading one), except what desktops
     leave behind. Links, also hard ones, are errors: what is in a bundle is nowhere else.
@@ -67,7 +77,7 @@ def read(folder: Path | str, verify: bool = False) -> Bundle:
             for entry in manifest.files:
                 _check_file(entry.path, entry, seen.get(entry.path))
             receipt = _Receipt.of(place, data, seen)
-            hashed = verify or not receipt.kept()
+            hashed = verify is True or not receipt.kept()
             if hashed:
                 for entry in manifest.files:
                     _check_hash(place / entry.path, entry)
@@ -197,7 +207,7 @@ def _check_hash(path: Path, entry: FileEntry) -> None:
 
 def _check_free(place: Path, force: bool) -> None:
     """Refuses a destination that is taken, or that force would lose something other than a bundle from."""
-    settle(place)
+    recover(place)
     if not os.path.lexists(place):
         return
     if not force:

@@ -21,6 +21,7 @@ FORMAT_MAJOR, FORMAT_MINOR = 1, 0
 FORMAT = f"{FORMAT_MAJOR}.{FORMAT_MINOR}"
 KNOWN_CRITICAL: frozenset[str] = frozenset()
 MAX_MANIFEST_BYTES = 16 << 20
+MAX_VALUES = 1 << 18  # what 65536 files need; each bad value costs an error report, and millions cost minutes
 MAX_BUNDLE_BYTES = 1 << 36  # a sparse file costs its sender nothing and its hasher hours
 MAX_DIM, MAX_ELEMENTS = 1 << 24, 1 << 31
 MAX_INT = 2**53 - 1
@@ -260,7 +261,7 @@ def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) != len(pairs):
         twice = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
-        raise ValueError(f"key {twice!r} appears twice")
+        raise ValueError(f"key {twice[:40]!r} appears twice")
     return found
 
 
@@ -287,6 +288,8 @@ def parse(data: bytes) -> Manifest:
     fix = "Get the bundle again from where it came, or package the model again"
     if len(data) > MAX_MANIFEST_BYTES:
         raise DataError(f"manifest.json has {len(data)} bytes", f"up to {MAX_MANIFEST_BYTES}", fix)
+    if (values := data.count(b",")) > MAX_VALUES:  # every value but the first of its list or object has one before it
+        raise DataError(f"manifest.json has more than {values} values", f"up to {MAX_VALUES}", fix)
     try:
         raw = json.loads(
             data.decode("utf-8"),
