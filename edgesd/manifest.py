@@ -63,7 +63,7 @@ class TensorSpec(Frozen):
 
     name: Name
     dtype: Literal["float32", "float16", "int64", "int32"]
-    shape: Annotated[tuple[Dim, ...], Field(max_length=8)]
+    shape: Annotated[tuple[Dim, ...], Field(max_length=8, fail_fast=True)]
     meaning: Text = ""
 
     @model_validator(mode="after")
@@ -107,9 +107,9 @@ class Variant(Frozen):
     """
 
     axes: Axes
-    files: Annotated[tuple[RelPath, ...], Field(min_length=1, max_length=4096)]
-    inputs: Annotated[tuple[TensorSpec, ...], Field(min_length=1, max_length=32)]
-    outputs: Annotated[tuple[TensorSpec, ...], Field(min_length=1, max_length=32)]
+    files: Annotated[tuple[RelPath, ...], Field(min_length=1, max_length=4096, fail_fast=True)]
+    inputs: Annotated[tuple[TensorSpec, ...], Field(min_length=1, max_length=32, fail_fast=True)]
+    outputs: Annotated[tuple[TensorSpec, ...], Field(min_length=1, max_length=32, fail_fast=True)]
     params: Count = 0
     macs: Count = 0
     status: Status = "unverified"
@@ -121,7 +121,7 @@ class Variant(Frozen):
 
 class Component(Frozen):
     name: Role
-    variants: Annotated[tuple[Variant, ...], Field(min_length=1, max_length=256)]
+    variants: Annotated[tuple[Variant, ...], Field(min_length=1, max_length=256, fail_fast=True)]
 
 
 class TokenizerSpec(Frozen):
@@ -139,6 +139,9 @@ class TokenizerSpec(Frozen):
     pad_id: Count
 
 
+LatentRow = Annotated[tuple[float, ...], Field(max_length=64)]  # one factor per latent channel
+
+
 class LatentSpec(Frozen):
     """Latents `[1, channels, H/downscale, W/downscale]`: decoder input = latents / scaling_factor + shift_factor.
 
@@ -149,7 +152,7 @@ class LatentSpec(Frozen):
     downscale: Annotated[int, Field(ge=1, le=64)]
     scaling_factor: float
     shift_factor: float = 0.0
-    rgb_factors: tuple[tuple[float, ...], ...] | None = None
+    rgb_factors: Annotated[tuple[LatentRow, ...], Field(max_length=3)] | None = None
     rgb_bias: tuple[float, float, float] | None = None
 
 
@@ -174,7 +177,7 @@ class ModelSpec(Frozen):
     prediction_type: PredictionType
     unet_in_channels: Annotated[int, Field(ge=1, le=64)]
     latent: LatentSpec
-    tokenizers: Annotated[tuple[TokenizerSpec, ...], Field(max_length=4)]
+    tokenizers: Annotated[tuple[TokenizerSpec, ...], Field(max_length=4, fail_fast=True)]
     defaults: Defaults
     zero_empty_negative: bool = False
     guidance_embedding_dim: Annotated[int, Field(ge=0, le=65536)] = 0
@@ -219,17 +222,17 @@ class Downgrade(Frozen):
 
 class Manifest(Frozen):
     format: Annotated[str, Field(pattern=r"^[0-9]{1,4}\.[0-9]{1,4}$")] = FORMAT
-    critical: tuple[Name, ...] = ()
+    critical: Annotated[tuple[Name, ...], Field(max_length=64, fail_fast=True)] = ()
     target: Name
     model: ModelSpec
-    components: Annotated[tuple[Component, ...], Field(min_length=1, max_length=16)]
-    samplers: Annotated[tuple[SamplerFile, ...], Field(min_length=1, max_length=64)]
+    components: Annotated[tuple[Component, ...], Field(min_length=1, max_length=16, fail_fast=True)]
+    samplers: Annotated[tuple[SamplerFile, ...], Field(min_length=1, max_length=64, fail_fast=True)]
     noise: NoiseSpec = NoiseSpec()
     golden: RelPath | None = None
     quality: dict[str, Any] = {}
     provenance: Provenance
-    downgrades: tuple[Downgrade, ...] = ()
-    files: Annotated[tuple[FileEntry, ...], Field(min_length=1, max_length=65536)]
+    downgrades: Annotated[tuple[Downgrade, ...], Field(max_length=4096, fail_fast=True)] = ()
+    files: Annotated[tuple[FileEntry, ...], Field(min_length=1, max_length=65536, fail_fast=True)]
 
     @model_validator(mode="after")
     def _closed(self) -> Manifest:

@@ -500,7 +500,7 @@ def more_files_than_may_be(folder):
     edit(folder, "files", to=[{}] * (MAX_VALUES - 1000))
 
 
-@expect("libraries")
+@expect("provenance.libraries")
 def more_bad_values_than_may_be(folder):
     edit(folder, "provenance", "libraries", to={str(n): 0 for n in range(MAX_VALUES - 1000)})
 
@@ -567,16 +567,15 @@ def whole(tmp_path, monkeypatch):
     return make(tmp_path / "out" / "small.edgesd")
 
 
-@pytest.mark.parametrize("receipt", [False, True], ids=["first read", "after a receipt"])
+@pytest.mark.timeout(60)  # a read that waits (on a pipe, on a device) burns no time of its own
 @pytest.mark.parametrize(("attack", "phrase"), ATTACKS)
-def test_an_attack_is_refused(whole, attack, phrase, receipt):
-    if receipt:
-        bundle.read(whole)
+def test_an_attack_is_refused(whole, attack, phrase):
+    bundle.read(whole)  # the receipt of the whole bundle must not vouch for the spoiled one
     attack(whole)
-    start = time.monotonic()
+    start = time.process_time()
     with pytest.raises(DataError, match=phrase) as caught:
         bundle.read(whole)
-    assert time.monotonic() - start < LIMIT_S
+    assert time.process_time() - start < LIMIT_S
     assert len(str(caught.value)) < 1000 + len(str(whole))
     assert all(c.isprintable() for c in str(caught.value))
     assert caught.value.do
@@ -621,11 +620,11 @@ def places(value: Any, at: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
 
 def checked(data: bytes) -> Manifest | None:
     """The manifest, or None where it is refused. Fails on anything but a DataError, and on a hang."""
-    start = time.monotonic()
+    start = time.process_time()
     found = None
     with suppress(DataError):
         found = parse(data)
-    assert time.monotonic() - start < LIMIT_S
+    assert time.process_time() - start < LIMIT_S
     return found
 
 
