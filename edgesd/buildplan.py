@@ -1,0 +1,199 @@
+"""What a packaging request comes to before any work: components, variants, bytes, memory; and what cannot be.
+
+Figures come from the checkpoint's safetensors headers alone; no weight is read. They are labelled predicted.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from edgesd import targets
+from edgesd.errors import DataError, RequestError
+from edgesd.manifest import Axes
+from edgesd.recipe import Recipe
+
+if TYPE_CHECKING:
+    from edgesd.models.load import Checkpoint
+    from edgesd.targets import Target
+
+COMPONENTS = ("text_encoder", "unet", "vae_decoder", "vae_encoder")
+PART_OF = {"text_encoder": "text_encoder", "unet": "unet", "vae_decoder": "vae", "vae_encoder": "vae"}
+WEIGHT_BYTES = {"fp32": 4, "fp16": 2}
+# Peak of a converter's process in units of the component's float32 bytes, and what its libraries take before any weight.
+# Measured on the embedded model and on SD 1.5's architecture (docs/packaging.md); a new target starts at the largest.
+PEAK_FACTOR = {"onnx-web": 3.2, "openvino": 3.0, "tflite": 5.0, "coreml": 4.5}
+LIBRARIES_BYTES = {"onnx-web": 900 << 20, "openvino": 900 << 20, "tflite": 1600 << 20, "coreml": 1000 << 20}
+GRAPH_BYTES = 1 << 20  # what a file holds beside weights, about
+MAX_HEADER_BYTES = 100 << 20
+
+
+@dataclass(frozen=True)
+class Planned:
+    """One artefact to make. bytes and peak_bytes are predictions."""
+
+    component: str
+    axes: Axes
+    params: int
+    bytes: int
+    peak_bytes: int
+
+    @property
+    def folder(self) -> str:
+        """Where its files lie in the bundle. For people: readers go by the manifest."""
+        a = self.axes
+        marks = [a.precision, *([a.form] if a.form else []), *([f"batch{a.batch}"] if a.batch > 1 else [])]
+        marks += [f"chunk{a.chunk[0] + 1}of{a.chunk[1]}"] if a.chunk[1] > 1 else []
+        return f"{self.component}/{'-'.join(marks)}"
+
+
+@dataclass(frozen=True)
+class BuildPlan:
+    """One bundle to make, whole: what, where, and the samplers whose tables go in."""
+
+    recipe: Recipe
+    checkpoint: Checkpoint
+    destination: Path
+    artefacts: tuple[Planned, ...]
+    samplers: tuple[str, ...]
+
+    @property
+    def bytes(self) -> int:
+        return sum(p.bytes for p in self.artefacts)
+
+    @property
+    def peak_bytes(self) -> int:
+        return max(p.peak_bytes for p in self.artefacts)
+
+
+def make_plan(recipe: Recipe, checkpoint: Checkpoint, output: Path) -> BuildPlan:
+    """The plan of one bundle. Raises RequestError for what the target cannot hold or the model cannot be."""
+    from edgesd.sampling.schedules import names
+
+    target = targets.load(recipe.target, lowering=True)
+    precision = target.capabilities.precisions[0] if recipe.precision is None else recipe.precision
+    if precision not in target.capabilities.precisions:
+        allowed = ", ".join(target.capabilities.precisions)
+        raise RequestError(f"precision {precision} for {recipe.target}", allowed, "Change --precision")
+    checkpoint = _sized(checkpoint, recipe)
+    params = count_params(checkpoint)
+    artefacts = []
+    for component in COMPONENTS:
+        for axes in _axes(component, recipe, target, precision, checkpoint.spec.defaults.size_px):
+            planned = _predict(recipe.target, component, axes, params[component])
+            artefacts.append(planned)
+    samplers = recipe.samplers if recipe.samplers else default_samplers(checkpoint.spec.defaults.sampler)
+    if unknown := [name for name in samplers if name not in (*names(), "default")]:
+        raise RequestError(f"sampler {unknown[0]!r}", ", ".join(names()), "edgesd samplers lists them")
+    plan = BuildPlan(
+        recipe, checkpoint, output / f"{checkpoint.spec.name}-{recipe.target}.edgesd", tuple(artefacts), samplers
+    )
+    _refuse(plan, target)
+    return plan
+
+
+def default_samplers(own: str) -> tuple[str, ...]:
+    """The checkpoint's own sampler first, a plain and an ancestral one beside it."""
+    return tuple(dict.fromkeys((own, "ddim", "euler_a")))
+
+
+def _sized(checkpoint: Checkpoint, recipe: Recipe) -> Checkpoint:
+    if recipe.size_px is None:
+        return checkpoint
+    grid = checkpoint.spec.latent.downscale * 2 ** (_downs(checkpoint) - 1)
+    if any(side % grid for side in recipe.size_px):
+        height, width = recipe.size_px
+        near = (
+            f"multiples of {grid}, such as {round(width / grid) * grid or grid}x{round(height / grid) * grid or grid}"
+        )
+        raise RequestError(f"size {width}x{height} px", near, "Change --size-px")
+    defaults = checkpoint.spec.defaults.model_copy(update={"size_px": recipe.size_px})
+    return replace(checkpoint, spec=checkpoint.spec.model_copy(update={"defaults": defaults}))
+
+
+def _downs(checkpoint: Checkpoint) -> int:
+    config = json.loads((checkpoint.parts["unet"] / "config.json").read_text(encoding="utf-8"))
+    return len(config["block_out_channels"])
+
+
+def _axes(component: str, recipe: Recipe, target: Target, precision: str, size_px: tuple[int, int]) -> list[Axes]:
+    forms = [target.capabilities.forms[0], *(f for f in recipe.forms if f != target.capabilities.forms[0])]
+    if unknown := [form for form in forms if form not in target.capabilities.forms]:
+        allowed = ", ".join(f for f in target.capabilities.forms if f)
+        raise RequestError(f"form {unknown[0]!r} for {recipe.target}", allowed, "Change --form")
+    batches = (1, 2) if recipe.batch2 and component == "unet" else (1,)
+    chunks = recipe.chunks if component == "unet" and recipe.target == "coreml" else 1
+    return [
+        Axes(size_px=size_px, precision=own_precision(target, form, precision), form=form, batch=batch, chunk=(i, chunks))
+        for form in forms
+        for batch in batches
+        for i in range(chunks)
+    ]  # fmt: skip
+
+
+def own_precision(target: Target, form: str, precision: str) -> Any:
+    """A form may bring its own precision (WebGPU and GPU delegates compute in float16 when nothing else was asked)."""
+    return getattr(target, "form_precision", {}).get(form, precision)
+
+
+def _predict(target: str, component: str, axes: Axes, params: int) -> Planned:
+    share = math.ceil(params / axes.chunk[1])
+    peak = LIBRARIES_BYTES.get(target, max(LIBRARIES_BYTES.values())) + int(
+        PEAK_FACTOR.get(target, max(PEAK_FACTOR.values())) * params * 4
+    )
+    return Planned(component, axes, share, share * WEIGHT_BYTES[axes.precision] + GRAPH_BYTES, peak)
+
+
+def _refuse(plan: BuildPlan, target: Target) -> None:
+    limit = target.capabilities.max_component_bytes
+    for planned in plan.artefacts:
+        check = getattr(target, "check_plan", None)
+        if check is not None:
+            check(planned.component, planned.bytes, planned.axes)
+        elif limit is not None and planned.bytes > limit:
+            raise RequestError(
+                f"{planned.component} in {planned.axes.precision} takes {planned.bytes >> 20} MiB (predicted)",
+                f"{limit >> 20} MiB a component on {plan.recipe.target}",
+                "Choose --precision fp16, or a smaller model",
+            )
+
+
+def count_params(checkpoint: Checkpoint) -> dict[str, int]:
+    """Parameters by component, from safetensors headers. Raises DataError for a broken file."""
+    counts = dict.fromkeys(COMPONENTS, 0)
+    for part, folder in checkpoint.parts.items():
+        for name, elements in _tensors(folder):
+            for component in COMPONENTS:
+                if PART_OF[component] == part and _belongs(component, name):
+                    counts[component] += elements
+    return counts
+
+
+def _belongs(component: str, tensor: str) -> bool:
+    if component == "vae_decoder":
+        return not tensor.startswith(("encoder.", "quant_conv."))
+    if component == "vae_encoder":
+        return not tensor.startswith(("decoder.", "post_quant_conv."))
+    return True
+
+
+def _tensors(folder: Path) -> list[tuple[str, int]]:
+    """(name, elements) of every tensor in a part's weights; one set of files where several precisions lie there."""
+    files = sorted(folder.glob("*.safetensors"))
+    plain = [f for f in files if ".fp16." not in f.name and ".non_ema." not in f.name]
+    found = []
+    for path in plain if plain else files:
+        with path.open("rb") as stream:
+            size = int.from_bytes(stream.read(8), "little")
+            data = stream.read(size) if size <= MAX_HEADER_BYTES else b""
+        try:
+            header: dict[str, Any] = json.loads(data)
+            found += [(k, math.prod(v["shape"])) for k, v in header.items() if k != "__metadata__"]
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise DataError(
+                f"{folder.name}/{path.name} has no safetensors header", "whole weights", "Download it again"
+            ) from None
+    return found

@@ -1,0 +1,362 @@
+"""The build, top to bottom: checkpoint → components lowered per target → bundle → measured → moved in.
+
+Every converter runs in a child process: its memory is given back, and its crash is an error message. Finished stages
+are cached by what they depend on, so a killed run continues and a changed flag redoes only what it touches.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from edgesd import bundle, golden, targets
+from edgesd.buildplan import PART_OF, BuildPlan, Planned, make_plan
+from edgesd.errors import GateError, RequestError
+from edgesd.manifest import (
+    Component,
+    Downgrade,
+    Manifest,
+    ModelSpec,
+    Provenance,
+    SamplerFile,
+    TensorSpec,
+    TokenizerSpec,
+    Variant,
+)
+from edgesd.recipe import make_recipe
+from edgesd.sheet import Section, decibels, duration, render, size
+from edgesd.stages import Stages, digest, in_child
+from edgesd.validate import describe
+
+if TYPE_CHECKING:
+    from rich.console import Group
+
+LIBRARIES = (
+    "torch", "diffusers", "transformers", "onnx", "onnxscript", "onnxruntime", "openvino", "litert-torch",
+    "ai-edge-litert", "coremltools", "numpy",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Made:
+    """One finished bundle: its row group in the closing table."""
+
+    path: Path
+    manifest: Manifest
+    seconds: float
+    peak_bytes: int
+
+
+@dataclass
+class Packaged:
+    """What `package` did, or would do (dry run)."""
+
+    plans: list[BuildPlan]
+    made: list[Made] = field(default_factory=list)
+    seconds: float = 0.0
+
+    def to_json(self) -> dict[str, Any]:
+        planned = [
+            {
+                "target": plan.recipe.target,
+                "path": str(plan.destination),
+                "predicted_bytes": plan.bytes,
+                "predicted_peak_bytes": plan.peak_bytes,
+                "samplers": list(plan.samplers),
+                "artefacts": [
+                    {"component": p.component, "folder": p.folder, "params": p.params, "predicted_bytes": p.bytes,
+                     "predicted_peak_bytes": p.peak_bytes}
+                    for p in plan.artefacts
+                ],
+            }
+            for plan in self.plans
+        ]  # fmt: skip
+        made = [
+            {
+                "target": m.manifest.target,
+                "path": str(m.path),
+                "bytes": sum(entry.bytes for entry in m.manifest.files),
+                "seconds": round(m.seconds, 1),
+                "peak_bytes": m.peak_bytes,
+                "components": [c.model_dump(mode="json") for c in m.manifest.components],
+                "quality": m.manifest.quality,
+                "downgrades": [d.model_dump(mode="json") for d in m.manifest.downgrades],
+            }
+            for m in self.made
+        ]
+        return {"bundles": made, "plans": planned, "seconds": round(self.seconds, 1), "dry_run": not self.made}
+
+    def table(self) -> Group:
+        return render(self._made_sections() if self.made else self._plan_sections())
+
+    def _made_sections(self) -> list[Section]:
+        sections = []
+        for m in self.made:
+            sizes = {entry.path: entry.bytes for entry in m.manifest.files}
+            rows = tuple(
+                (c.name, describe(v.axes), size(sum(sizes[f] for f in v.files)), decibels(v.snr_db), v.status,
+                 duration(v.seconds))
+                for c in m.manifest.components
+                for v in c.variants
+            )  # fmt: skip
+            total = f"{m.path}: {size(sum(sizes.values()))} in {m.seconds:.0f} s, peak memory {size(m.peak_bytes)}"
+            lost = "".join(f"\ndowngrade: {d.component}: {d.what} ({d.why})" for d in m.manifest.downgrades)
+            columns = ("component", "variant", "size", "SNR dB", "status", "a call")
+            sections.append(Section(m.manifest.target, columns, rows, total + lost))
+        draw = f'Draw with it: edgesd generate "{m.manifest.quality.get("prompt", "a prompt")}" -m {m.path}'
+        return [*sections, Section("", (), (), draw)]
+
+    def _plan_sections(self) -> list[Section]:
+        sections = []
+        for plan in self.plans:
+            rows = tuple((p.component, describe(p.axes), size(p.bytes), size(p.peak_bytes)) for p in plan.artefacts)
+            note = f"{plan.destination}: about {size(plan.bytes)}; tables: {', '.join(plan.samplers)}"
+            columns = ("component", "variant", "size (predicted)", "peak memory (predicted)")
+            sections.append(Section(f"{plan.recipe.target}, dry run: nothing was made", columns, rows, note))
+        return sections
+
+
+def package_all(
+    fields: dict[str, Any], names: list[str], output: Path, *, force: bool = False, dry_run: bool = False
+) -> Packaged:
+    """Makes a bundle for each target in `names` ("all" = every built-in one). Nothing starts before every plan holds.
+
+    fields: of `Recipe`, the target apart. Raises RequestError, SetupError, DataError, or GateError when a bundle falls
+    short of its gate (then it is not shipped; those made before it stay).
+    """
+    from edgesd.models.load import open_checkpoint
+
+    wanted = list(dict.fromkeys(n for name in names for n in (targets.TARGETS if name == "all" else (name,))))
+    recipes = [make_recipe(**fields, target=name) for name in wanted]
+    for name in wanted:
+        targets.load(name, lowering=True)
+    checkpoint = open_checkpoint(recipes[0].source, recipes[0].revision, recipes[0].vae)
+    result = Packaged([make_plan(recipe, checkpoint, output) for recipe in recipes])
+    if dry_run:
+        return result
+    for plan in result.plans:
+        if plan.destination.exists() and not force:
+            raise RequestError(
+                f"{plan.destination} exists", "a new folder, or --force", "Add --force, or choose another -o"
+            )
+    began = time.perf_counter()
+    for plan in result.plans:
+        result.made.append(build(plan, force=force))
+    result.seconds = time.perf_counter() - began
+    return result
+
+
+def build(plan: BuildPlan, *, force: bool = False) -> Made:
+    """Makes one bundle: lowers, records the truth, writes, measures, and ships it if it reaches its gate."""
+    began = time.perf_counter()
+    stages, peaks = Stages(), [0]
+    with bundle.writing(plan.destination, force=force) as folder:
+        truth = _stage(plan, stages, peaks, "reference", _truth_key(plan), _record_truth, plan)
+        _copy(truth / "files", folder)
+        facts = json.loads((truth / "facts.json").read_text(encoding="utf-8"))
+        variants: dict[str, list[Variant]] = {}
+        downgrades: list[Downgrade] = []
+        for planned in plan.artefacts:
+            key = _lower_key(plan, planned)
+            made = _stage(plan, stages, peaks, planned.folder, key, _lower, plan, planned)
+            _copy(made / "files", folder / planned.folder)
+            variant, lost = _variant(planned, json.loads((made / "lowered.json").read_text(encoding="utf-8")))
+            variants.setdefault(planned.component, []).append(variant)
+            downgrades += lost
+        manifest = _manifest(plan, facts, variants, downgrades, folder)
+        bundle.seal(folder, manifest)
+        manifest = _measured(plan, folder, manifest, peaks)
+        bundle.seal(folder, manifest)
+    return Made(plan.destination, manifest, time.perf_counter() - began, peaks[0])
+
+
+# ---- stages ----------------------------------------------------------------------------------------------------
+
+
+def _stage(
+    plan: BuildPlan, stages: Stages, peaks: list[int], label: str, key: str, work: Callable[..., None], *args: Any
+) -> Path:
+    """One cached stage in a child process, with a progress line."""
+
+    def make(folder: Path) -> None:
+        peaks[0] = max(peaks[0], in_child(work, *args, folder, label=f"{plan.recipe.target}: {label}").peak_bytes)
+
+    with _line(f"{plan.recipe.target}: {label}"):
+        return stages.run(key, make)
+
+
+def _truth_key(plan: BuildPlan) -> str:
+    c = plan.checkpoint
+    return digest("reference", c.sha256, c.spec.model_dump(mode="json"), plan.samplers, plan.recipe.steps, _versions())
+
+
+def _lower_key(plan: BuildPlan, planned: Planned) -> str:
+    options = [plan.recipe.target, planned.component, planned.axes.model_dump(mode="json"), plan.recipe.minimum_target]
+    return digest("lower", plan.checkpoint.sha256, plan.checkpoint.spec.model_dump(mode="json"), options, _versions())
+
+
+def _record_truth(plan: BuildPlan, folder: Path) -> None:
+    """In a child: tables, tokenizer, golden vectors and preview factors from the float32 reference."""
+    from edgesd.models.load import load_parts, quiet
+    from edgesd.models.preview import fit_rgb
+    from edgesd.runtime.table import save_tables
+    from edgesd.runtime.tokenizer import clip_tokenizer_json
+    from edgesd.sampling.compile import compile_tables
+    from edgesd.sources import torch_pipeline
+
+    files, steps = folder / "files", range(plan.recipe.steps[0], plan.recipe.steps[1] + 1)
+    (files / "samplers").mkdir(parents=True)
+    with quiet():
+        for name in plan.samplers:
+            tables = compile_tables(name, plan.checkpoint.spec.scheduler, steps)
+            save_tables(files / "samplers" / f"{name}.safetensors", tables)
+        for spec, source in zip(plan.checkpoint.spec.tokenizers, plan.checkpoint.tokenizers, strict=True):
+            (files / spec.file).parent.mkdir(parents=True, exist_ok=True)
+            (files / spec.file).write_text(clip_tokenizer_json(source), encoding="utf-8")
+        truth = torch_pipeline(load_parts(plan.checkpoint))
+        settings = golden.settings_for(plan.checkpoint.spec, {name: steps for name in plan.samplers})
+        recorded = golden.record(truth, settings)
+        recorded.save(files)
+        factors, bias = fit_rgb(truth)
+    facts = {"rgb_factors": factors, "rgb_bias": bias, "libraries": _versions()}
+    (folder / "facts.json").write_text(json.dumps(facts), encoding="utf-8")
+
+
+def _lower(plan: BuildPlan, planned: Planned, folder: Path) -> None:
+    """In a child: one component, one variant, into `folder/files`."""
+    from edgesd.models.count import count
+    from edgesd.models.load import load_parts, quiet
+    from edgesd.models.modules import build as build_component
+
+    target = targets.load(plan.recipe.target, lowering=True)
+    with quiet():
+        model = load_parts(plan.checkpoint, [PART_OF[planned.component]])
+        component = build_component(planned.component, model.modules, model.spec, planned.axes)
+        (folder / "files").mkdir()
+        lowered = target.lower(
+            component, planned.axes, folder / "files", minimum_target=plan.recipe.minimum_target
+        )  # fmt: skip
+        cost = count(component.module, component.example)
+    record = {
+        "files": [f.as_posix() for f in lowered.files],
+        "inputs": [t.model_dump(mode="json") for t in lowered.inputs],
+        "outputs": [t.model_dump(mode="json") for t in lowered.outputs],
+        "downgrades": [d.model_dump(mode="json") for d in lowered.downgrades],
+        "compute_units": lowered.compute_units,
+        "params": cost.params,
+        "macs": cost.macs,
+    }
+    (folder / "lowered.json").write_text(json.dumps(record), encoding="utf-8")
+
+
+def _copy(source: Path, folder: Path) -> None:
+    shutil.copytree(source, folder, dirs_exist_ok=True)
+
+
+# ---- manifest --------------------------------------------------------------------------------------------------
+
+
+def _variant(planned: Planned, record: dict[str, Any]) -> tuple[Variant, list[Downgrade]]:
+    variant = Variant(
+        axes=planned.axes,
+        files=tuple(f"{planned.folder}/{f}" for f in record["files"]),
+        inputs=tuple(TensorSpec(**t) for t in record["inputs"]),
+        outputs=tuple(TensorSpec(**t) for t in record["outputs"]),
+        params=record["params"],
+        macs=record["macs"],
+        compute_units=record["compute_units"],
+    )
+    return variant, [Downgrade(**d) for d in record["downgrades"]]
+
+
+def _manifest(
+    plan: BuildPlan,
+    facts: dict[str, Any],
+    variants: dict[str, list[Variant]],
+    downgrades: list[Downgrade],
+    folder: Path,
+) -> Manifest:
+    from edgesd import __version__
+
+    checkpoint, low = plan.checkpoint, plan.recipe.steps
+    steps = tuple(range(low[0], low[1] + 1))
+    manifest = Manifest(
+        target=plan.recipe.target,
+        model=_shipped_spec(plan, facts),
+        components=tuple(Component(name=name, variants=tuple(v)) for name, v in variants.items()),  # type: ignore[arg-type]
+        samplers=tuple(SamplerFile(name=n, file=f"samplers/{n}.safetensors", steps=steps) for n in plan.samplers),
+        provenance=Provenance(
+            source=checkpoint.source,
+            revision=checkpoint.revision,
+            sha256=checkpoint.sha256,
+            licence=checkpoint.licence,
+            edgesd=__version__,
+            libraries=facts["libraries"],
+            recipe=plan.recipe.echo(),
+            made=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        ),
+        downgrades=tuple(downgrades),
+        files=bundle.entries(folder),
+    )
+    return golden.attach(manifest)
+
+
+def _shipped_spec(plan: BuildPlan, facts: dict[str, Any]) -> ModelSpec:
+    """The checkpoint's facts as they hold in this bundle: its size, its samplers, its preview factors."""
+    spec = plan.checkpoint.spec
+    latent = spec.latent.model_copy(update={"rgb_factors": facts["rgb_factors"], "rgb_bias": facts["rgb_bias"]})
+    sampler = spec.defaults.sampler if spec.defaults.sampler in plan.samplers else plan.samplers[0]
+    steps = min(max(spec.defaults.steps, plan.recipe.steps[0]), plan.recipe.steps[1])
+    defaults = spec.defaults.model_copy(update={"sampler": sampler, "steps": steps})
+    tokenizers: tuple[TokenizerSpec, ...] = spec.tokenizers
+    return spec.model_copy(update={"latent": latent, "defaults": defaults, "tokenizers": tokenizers})
+
+
+def _measured(plan: BuildPlan, folder: Path, manifest: Manifest, peaks: list[int]) -> Manifest:
+    """Runs the sealed bundle against its golden vectors in a child; the manifest with what came of it, or GateError."""
+    from edgesd import validate
+
+    with _line(f"{plan.recipe.target}: validate"):
+        ran = in_child(validate.validate, folder, label=f"{plan.recipe.target}: validate")
+    peaks[0] = max(peaks[0], ran.peak_bytes)
+    report = ran.value
+    if not report.passed:
+        try:
+            report.require()
+        except GateError as error:
+            raise GateError(error.came, error.allowed, f"Nothing was shipped. {error.do}") from None
+    return validate.note(manifest, report)
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for name in LIBRARIES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+@contextmanager
+def _line(label: str) -> Iterator[None]:
+    """A spinner while a stage runs and one line when it is done, on stderr."""
+    from rich.console import Console
+
+    console, began = Console(stderr=True, highlight=False), time.perf_counter()
+    with console.status(f"{label} …") if sys.stderr.isatty() else _nothing():
+        yield
+    console.print(f"{label}  {time.perf_counter() - began:.1f} s")
+
+
+@contextmanager
+def _nothing() -> Iterator[None]:
+    yield
