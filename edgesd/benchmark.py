@@ -1,0 +1,143 @@
+"""`edgesd bench`: how long a bundle takes to load and to call, and how much memory, each in a process of its own.
+
+A child process is what makes a load cold and a peak of memory that bundle's alone. The operating system's file cache
+is not emptied: "cold" is a fresh process, "warm" the same process once more.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from edgesd.errors import DataError, EdgesdError, GateError, RequestError, SetupError
+from edgesd.sheet import Section, Sheet, duration, size
+from edgesd.timing import Spread, measure, peak_memory_bytes, spread, timed
+
+COLD_LOADS = 3  # processes started for the cold load, at most
+_KINDS = {kind.__name__: kind for kind in (RequestError, GateError, DataError, SetupError)}
+
+
+def bench(folder: Path | str, runs: int = 7, threads: int | None = None, device: str | None = None) -> Sheet:
+    """Cold load, warm load, seconds per call by component, peak memory. Medians of `runs` with smallest and largest.
+
+    Calls take the bundle's golden inputs, one row each. Raises SetupError where figures would mean nothing (Core ML off
+    a Mac), DataError for a broken bundle.
+    """
+    from edgesd import bundle, targets
+
+    if runs < 1:
+        raise RequestError(f"{runs} runs", "1 or more", "Change --runs")
+    opened = bundle.read(folder)
+    target = targets.load(opened.manifest.target)
+    if not getattr(target, "speed_is_meaningful", lambda: True)():
+        raise SetupError(
+            f"speed of target {opened.manifest.target} on {sys.platform}",
+            "the platform its runtime is made for",
+            "Run edgesd bench there; here the bundle is interpreted, which says nothing about its speed",
+        )
+    options = {key: value for key, value in (("threads", threads), ("device", device)) if value is not None}
+    whole = _child(opened.folder, runs, options)
+    cold = [
+        whole["cold_load"],
+        *(_child(opened.folder, 0, options)["cold_load"] for _ in range(min(runs, COLD_LOADS) - 1)),
+    ]
+    data = {
+        "bundle": opened.folder.name,
+        "target": opened.manifest.target,
+        "runtime": target.runtime_version(),
+        "runs": runs,
+        "options": options,
+        "cold_load": spread(cold).to_json(),
+        "warm_load": whole["warm_load"],
+        "components": whole["components"],
+        "peak_memory_bytes": whole["peak_memory_bytes"],
+    }
+    return Sheet(data, (_section(data),))
+
+
+def _section(data: dict[str, Any]) -> Section:
+    timings = {"cold load": data["cold_load"], "warm load": data["warm_load"]}
+    timings |= {f"{name}, a call": figures for name, figures in data["components"].items()}
+    rows = tuple(
+        (what, duration(t["median"]), duration(t["min"]), duration(t["max"]), str(t["runs"]))
+        for what, t in timings.items()
+    )
+    note = f"peak memory {size(data['peak_memory_bytes'])} · {data['runtime']}"
+    return Section(f"{data['bundle']} on {data['target']}", ("what", "median", "least", "most", "runs"), rows, note)
+
+
+# ---- in the child ----------------------------------------------------------------------------------------------
+
+
+def _child(folder: Path, runs: int, options: dict[str, Any]) -> dict[str, Any]:
+    """`observe` in a fresh process; its errors come back as they were raised."""
+    asked = json.dumps({"folder": str(folder), "runs": runs, "options": options})
+    ran = subprocess.run(
+        [sys.executable, "-m", "edgesd.benchmark"], input=asked, capture_output=True, text=True, check=False
+    )
+    try:
+        answer = json.loads(ran.stdout.splitlines()[-1])
+    except (IndexError, ValueError):
+        reason = ran.stderr.strip().splitlines()[-1:] or [f"exit code {ran.returncode}"]
+        raise SetupError(f"the measuring process died ({reason[0][:300]})", "a process that ends",
+                         "Check the free memory, and run it again") from None  # fmt: skip
+    if "error" in answer:
+        raise _KINDS.get(answer["error"], EdgesdError)(*answer["parts"])
+    return answer
+
+
+def observe(folder: Path, runs: int, options: dict[str, Any]) -> dict[str, Any]:
+    """Figures of this process. runs 0: the cold load alone, which every process has but once."""
+    from edgesd import bundle, golden, targets
+
+    opened = bundle.read(folder)
+    manifest = opened.manifest
+    names = [component.name for component in manifest.components]
+
+    def load() -> Any:
+        session = targets.load(manifest.target).open(opened.folder, manifest, **options)
+        for name in names:
+            session.load(name)
+        return session
+
+    session, cold = timed(load)
+    answer: dict[str, Any] = {"cold_load": cold}
+    if runs:
+        stored = golden.read(opened)
+        answer["components"] = {
+            name: spread_of_calls(session, stored, name, runs).to_json()
+            for name in names
+            if name in stored.components()
+        }
+        answer["peak_memory_bytes"] = peak_memory_bytes()  # of one session: a second one follows
+        warm = []
+        for _ in range(runs):
+            for name in names:
+                session.unload(name)
+            session, seconds = timed(load)
+            warm.append(seconds)
+        answer["warm_load"] = spread(warm).to_json()
+    return answer
+
+
+def spread_of_calls(session: Any, stored: Any, component: str, runs: int) -> Spread:
+    """Seconds of a component's first recorded call, repeated."""
+    call = stored.calls(component, min(session.batches(component) or (1,)))[0]
+    return measure(partial(session.run, component, call.inputs), runs)
+
+
+def _main() -> None:
+    asked = json.load(sys.stdin)
+    try:
+        answer = observe(Path(asked["folder"]), asked["runs"], asked["options"])
+    except EdgesdError as error:
+        answer = {"error": type(error).__name__, "parts": [error.came, error.allowed, error.do]}
+    print(json.dumps(answer))
+
+
+if __name__ == "__main__":
+    _main()

@@ -1,0 +1,218 @@
+"""Looking at things: what is in a bundle, which samplers there are, what edgesd keeps between runs."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from edgesd import files
+from edgesd.benchmark import bench
+from edgesd.diagnosis import doctor
+from edgesd.errors import SetupError
+from edgesd.parity import describe
+from edgesd.sheet import Section, Sheet, decibels, duration, size
+
+if TYPE_CHECKING:
+    from edgesd.bundle import Bundle
+    from edgesd.manifest import Manifest, Variant
+    from edgesd.targets import Target
+
+__all__ = ["bench", "cache", "doctor", "inspect", "samplers"]
+
+CACHES = {"stages": "finished packaging stages", "prompts": "prompt embeddings", "receipts": "bundles already verified"}
+MOST_SHOWN = 12  # operation types in the table; the JSON has all
+
+
+# ---- inspect ---------------------------------------------------------------------------------------------------
+
+
+def inspect(folder: Path | str) -> Sheet:
+    """Components, variants, sizes, operations in each artefact, parameters, MACs, tables, provenance, downgrades.
+
+    Operations are counted by the target; where its packages are missing the rest is shown and `operations` is null.
+    Raises DataError for a broken bundle.
+    """
+    from edgesd import bundle, targets
+
+    opened = bundle.read(folder)
+    manifest = opened.manifest
+    try:
+        target, missing = targets.load(manifest.target), ""
+    except SetupError as error:
+        target, missing = None, f"operations not counted: {error}"
+    variants = [
+        _variant(opened, component.name, variant, target)
+        for component in manifest.components
+        for variant in component.variants
+    ]
+    data = {
+        "bundle": opened.folder.name,
+        "format": manifest.format,
+        "target": manifest.target,
+        "model": manifest.model.model_dump(mode="json", exclude={"scheduler"}),
+        "bytes": sum(entry.bytes for entry in manifest.files),
+        "files": len(manifest.files),
+        "variants": variants,
+        "samplers": [
+            {"name": s.name, "steps": [min(s.steps), max(s.steps)], "counts": len(s.steps)} for s in manifest.samplers
+        ],
+        "noise": manifest.noise.model_dump(mode="json"),
+        "quality": manifest.quality,
+        "downgrades": [d.model_dump(mode="json") for d in manifest.downgrades],
+        "provenance": manifest.provenance.model_dump(mode="json"),
+    }
+    return Sheet(data, tuple(_inspected(manifest, data, missing)))
+
+
+def _variant(opened: Bundle, component: str, variant: Variant, target: Target | None) -> dict[str, Any]:
+    sizes = {entry.path: entry.bytes for entry in opened.manifest.files}
+    operations: dict[str, dict[str, int]] | None = None
+    if target is not None:
+        operations = {}
+        for (kind, precision), count in sorted(target.count_operations(opened.path(variant.files[0])).counts.items()):
+            operations.setdefault(kind, {})[precision] = count
+    return {
+        "component": component,
+        "axes": variant.axes.model_dump(mode="json"),
+        "variant": describe(variant.axes),
+        "files": list(variant.files),
+        "bytes": sum(sizes[path] for path in variant.files),
+        "params": variant.params,
+        "macs": variant.macs,
+        "inputs": [t.model_dump(mode="json") for t in variant.inputs],
+        "outputs": [t.model_dump(mode="json") for t in variant.outputs],
+        "status": variant.status,
+        "runtime": variant.runtime,
+        "snr_db": variant.snr_db,
+        "seconds": variant.seconds,
+        "compute_units": variant.compute_units,
+        "operations": operations,
+    }
+
+
+def _inspected(manifest: Manifest, data: dict[str, Any], missing: str) -> list[Section]:
+    rows = tuple(
+        (v["component"], v["variant"], size(v["bytes"]), f"{v['params'] / 1e6:.2f} M", f"{v['macs'] / 1e9:.3f} G",
+         decibels(v["snr_db"]), duration(v["seconds"]), v["status"])
+        for v in data["variants"]
+    )  # fmt: skip
+    sections = [
+        Section(
+            f"{data['bundle']} · {manifest.model.name} for {manifest.target} · {size(data['bytes'])}",
+            ("component", "variant", "size", "params", "MACs", "SNR dB", "a call", "status"),
+            rows,
+            missing,
+        ),
+        *_operations(data["variants"]),
+        Section(
+            "Sampler tables",
+            ("sampler", "steps", "tables"),
+            tuple((s["name"], "-".join(map(str, s["steps"])), str(s["counts"])) for s in data["samplers"]),
+        ),
+    ]
+    origin = manifest.provenance
+    facts = {
+        "source": origin.source,
+        "revision": origin.revision,
+        "sha256": origin.sha256,
+        "licence": origin.licence,
+        "edgesd": origin.edgesd,
+        "made": origin.made,
+        "libraries": ", ".join(f"{name} {version}" for name, version in origin.libraries.items()),
+    }
+    sections.append(Section("Provenance", ("", ""), tuple((key, str(value)) for key, value in facts.items() if value)))
+    if manifest.downgrades:
+        lost = tuple((d.component, d.what, d.why) for d in manifest.downgrades)
+        sections.append(Section("Downgrades", ("component", "what", "why"), lost))
+    return sections
+
+
+def _operations(variants: list[dict[str, Any]]) -> list[Section]:
+    """Operations by type and precision, a column per variant, the most frequent first."""
+    counted = {f"{v['component']} {v['variant']}": v["operations"] for v in variants if v["operations"] is not None}
+    if not counted:
+        return []
+    totals: Counter[tuple[str, str]] = Counter()
+    for operations in counted.values():
+        for kind, by_precision in operations.items():
+            totals.update({(kind, precision): count for precision, count in by_precision.items()})
+    rows = tuple(
+        (kind, precision, *(str(operations.get(kind, {}).get(precision, "")) for operations in counted.values()))
+        for (kind, precision), _ in totals.most_common(MOST_SHOWN)
+    )
+    left = len(totals) - len(rows)
+    return [Section("Operations", ("type", "precision", *counted), rows, f"and {left} more kinds" if left > 0 else "")]
+
+
+# ---- samplers --------------------------------------------------------------------------------------------------
+
+
+def samplers(steps: int) -> Sheet:
+    """The samplers that `package` can compile, and their UNet calls for `steps` steps.
+
+    Raises SetupError where the packaging libraries are missing.
+    """
+    import importlib
+
+    try:
+        schedules = importlib.import_module("edgesd.sampling.schedules")
+        found = [dict(one) for one in schedules.describe(steps)]
+    except ModuleNotFoundError as error:
+        raise SetupError(
+            f"listing samplers needs {error.name}, not installed here",
+            "the packaging libraries",
+            'Run pip install "edgesd[package]"; edgesd inspect lists what a bundle holds',
+        ) from None
+    columns = tuple(dict.fromkeys(key for one in found for key in one))
+    rows = tuple(tuple(_cell(one.get(column)) for column in columns) for one in found)
+    titles = tuple(column.replace("_", " ") for column in columns)
+    return Sheet({"steps": steps, "samplers": found}, (Section(f"Samplers at {steps} steps", titles, rows),))
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else ""
+    return "" if value is None else str(value)
+
+
+# ---- cache -----------------------------------------------------------------------------------------------------
+
+
+def cache(clear: bool = False) -> Sheet:
+    """What edgesd keeps between runs, by kind; clear: deletes all of it (figures are those before).
+
+    Nothing is lost but time. Raises SetupError where the cache is closed to this user.
+    """
+    root = files.cache_folder()
+    kept = {}
+    for name in CACHES:
+        sizes = _sizes(root / name)
+        kept[name] = {"entries": len(sizes), "bytes": sum(sizes)}
+        if clear:
+            with files.disk_errors(root / name, "Delete it by hand"):
+                _clear(root / name)
+    data = {"folder": str(root), "cleared": clear, "caches": kept}
+    rows = tuple((name, CACHES[name], str(kept[name]["entries"]), size(kept[name]["bytes"])) for name in CACHES)
+    note = "deleted" if clear else "edgesd cache --clear deletes all of it"
+    return Sheet(data, (Section(str(root), ("cache", "what", "files", "size"), rows, note),))
+
+
+def _sizes(folder: Path) -> list[int]:
+    found = []
+    for path in folder.rglob("*"):
+        try:
+            if path.is_file() and not path.is_symlink():
+                found.append(path.stat().st_size)
+        except FileNotFoundError:
+            continue  # another process is tidying up
+    return found
+
+
+def _clear(folder: Path) -> None:
+    if folder.name == "stages":
+        from edgesd import stages
+
+        stages.clear()
+    else:
+        files.remove(folder)
