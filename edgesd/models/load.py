@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -28,6 +27,7 @@ EMBEDDED = "shapes"
 SIDECAR = "edgesd.json"  # defaults, licence and compression record that diffusers' own configs cannot express
 SUPPORTED = "diffusers folders and hub ids of Stable Diffusion 1.x / 2.x with a UNet2DConditionModel"
 PARTS = ("text_encoder", "unet", "vae")
+_TALKATIVE = ("diffusers", "transformers", "torchao", "torch.utils._pytree", "huggingface_hub")
 TINY_VAE = "madebyollin/taesd"  # MIT; for checkpoints whose own VAE is an AutoencoderKL
 
 
@@ -100,19 +100,23 @@ def load_parts(checkpoint: Checkpoint, only: Iterable[str] | None = None) -> Loa
 @contextmanager
 def quiet() -> Iterator[None]:
     """Keeps the model libraries' notices and progress bars off the terminal; their errors still come through."""
-    names = ("diffusers", "transformers", "torchao", "torch.utils._pytree", "huggingface_hub")
-    loggers = [(logging.getLogger(name), logging.getLogger(name).level) for name in names]
+    import diffusers.utils.logging as diffusers_logging  # importing them sets their loggers' levels, so it comes first
+    import transformers.utils.logging as transformers_logging
+
+    loggers = [(logging.getLogger(name), logging.getLogger(name).level) for name in _TALKATIVE]
+    bars = transformers_logging.is_progress_bar_enabled(), diffusers_logging.is_progress_bar_enabled()
     for logger, _ in loggers:
         logger.setLevel(logging.ERROR)
-    before = {key: os.environ.get(key) for key in ("HF_HUB_DISABLE_PROGRESS_BARS", "TQDM_DISABLE")}
-    os.environ.update(dict.fromkeys(before, "1"))
+    transformers_logging.disable_progress_bar()
+    diffusers_logging.disable_progress_bar()
     try:
         yield
     finally:
         for logger, level in loggers:
             logger.setLevel(level)
-        for key, value in before.items():
-            os.environ.pop(key) if value is None else os.environ.update({key: value})
+        for library, enabled in zip((transformers_logging, diffusers_logging), bars, strict=True):
+            if enabled:
+                library.enable_progress_bar()
 
 
 def resolve(source: str | None, revision: str | None = None) -> tuple[Path, str, str]:

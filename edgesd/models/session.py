@@ -25,10 +25,13 @@ class TorchSession:
     def __init__(self, model: LoadedModel, dtype: str = "float32", device: str = "cpu") -> None:
         import torch
 
+        from edgesd.models.load import quiet
+
         if dtype not in ("float32", "bfloat16"):
             raise RequestError(f"dtype {dtype!r}", "float32, bfloat16", "Choose one of these")
         self._dtype, self._device = getattr(torch, dtype), device
-        self._modules = {k: m.to(device, self._dtype) for k, m in model.modules.items()}
+        with quiet():
+            self._modules = {k: m.to(device, self._dtype) for k, m in model.modules.items()}
         # Convolutions run in oneDNN's own layout; channels-last spares the reorders between them.
         self._modules["unet"].to(memory_format=torch.channels_last)
 
