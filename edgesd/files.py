@@ -92,7 +92,7 @@ def _files_under(root: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def disk_errors(place: Path, do: str) -> Iterator[None]:
+def disk_errors(place: Path | str, do: str) -> Iterator[None]:
     """Turns a full disk, and a file or folder closed to this user, into a SetupError; `do` says what helps."""
     try:
         yield
