@@ -165,3 +165,50 @@ def embedded() -> tuple[dict[str, torch.nn.Module], ModelSpec]:
         defaults=Defaults(sampler="dpmpp_2m", size_px=(128, 128)),
     )
     return made, facts
+
+
+def lower_all(target, folder, parts, facts, axes, names=("text_encoder", "unet", "vae_decoder", "vae_encoder")):
+    """Lowers the components `names` into `folder`; returns (manifest, {name: Component}). No tables, no hashes."""
+    from edgesd import manifest as schema
+    from edgesd.models.modules import build
+
+    made, listed, files = {}, [], {tokenizer.file for tokenizer in facts.tokenizers} | {"tables.safetensors"}
+    for name in names:
+        made[name] = build(name, parts, facts, axes)
+        lowered = target.lower(made[name], axes, folder)
+        paths = tuple(path.as_posix() for path in lowered.files)
+        files |= set(paths)
+        variant = schema.Variant(axes=axes, files=paths, inputs=lowered.inputs, outputs=lowered.outputs)
+        listed.append(schema.Component(name=name, variants=(variant,)))
+    manifest = schema.Manifest(
+        target=target.name,
+        model=facts,
+        components=tuple(listed),
+        samplers=(schema.SamplerFile(name="euler", file="tables.safetensors", steps=(1,)),),
+        provenance=schema.Provenance(source=facts.name, sha256="0" * 64),
+        files=tuple(schema.FileEntry(path=path, bytes=0, sha256="0" * 64) for path in sorted(files)),
+    )
+    return manifest, made
+
+
+def real_calls(components: dict) -> dict[str, tuple[dict, dict]]:
+    """{name: (inputs, float32 truth)} as arrays; the UNet attends to what the text encoder made of its ids."""
+    calls, states = {}, None
+    for name, component in components.items():
+        x = dict(zip([spec.name for spec in component.inputs], component.example, strict=True))
+        if name == "unet" and states is not None:
+            x["encoder_hidden_states"] = states.expand_as(x["encoder_hidden_states"])
+        with torch.no_grad():
+            y = component.module(*x.values())
+        y = dict(zip([spec.name for spec in component.outputs], y if isinstance(y, tuple) else (y,), strict=True))
+        states = y.get("encoder_hidden_states", states)
+        calls[name] = ({k: v.numpy() for k, v in x.items()}, {k: v.numpy() for k, v in y.items()})
+    return calls
+
+
+def snr_db(truth, got) -> float:
+    """Signal to noise of `got` against `truth`, in dB."""
+    import numpy as np
+
+    signal, noise = truth.astype(np.float64), got.astype(np.float64) - truth
+    return float(10 * np.log10((signal**2).sum() / max((noise**2).sum(), 1e-300)))

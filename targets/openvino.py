@@ -1,0 +1,175 @@
+"""openvino: IR files (`.xml` and `.bin`) for OpenVINO on Intel processors, GPUs and NPUs. Shapes are static: NPUs ask it.
+
+fp16 halves the weights on disk; what the arithmetic is done in is the device's choice at run time, unless told.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import warnings
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from edgesd.targets import Capabilities, Lowered, OpCount
+
+from edgesd.errors import GateError, RequestError, SetupError
+
+if TYPE_CHECKING:
+    import numpy as np
+    from edgesd.targets._session import Call
+
+    from edgesd.manifest import Axes, Manifest, Variant
+    from edgesd.models.modules import Component
+    from edgesd.runtime.session import Session
+
+name = "openvino"
+extra = "openvino"
+modules = ("openvino",)
+lower_modules = ("torch", "openvino")
+capabilities = Capabilities(precisions=("fp16", "fp32"), layout="unfolded")
+
+HINTS = ("f32", "native")
+
+
+def lower(component: Component, axes: Axes, directory: Path, **options: Any) -> Lowered:
+    """Writes `<component>.xml` and `<component>.bin`. Takes no options.
+
+    fp16: the weights are stored in float16 and widened at load where the device computes in float32.
+    Raises RequestError (precision, form), GateError (the converter refuses an operation).
+    """
+    if options:
+        raise RequestError(f"option {min(options)!r} for target {name}", "no options", "Leave it out")
+    if axes.precision not in capabilities.precisions or axes.form:
+        allowed = f"{', '.join(capabilities.precisions)}, no form"
+        raise RequestError(f"{axes.precision} {axes.form} for target {name}", allowed, "Choose one of these")
+    import openvino as ov
+
+    model = _convert(component)
+    graph, weights = Path(f"{component.name}.xml"), Path(f"{component.name}.bin")
+    ov.save_model(model, directory / graph, compress_to_fp16=axes.precision == "fp16")
+    return Lowered(files=(graph, weights), inputs=component.inputs, outputs=component.outputs)
+
+
+def open(
+    directory: Path,
+    manifest: Manifest,
+    *,
+    device: str = "CPU",
+    hint: str | None = None,
+    threads: int | None = None,
+    cache_dir: Path | str | None = None,
+    **options: Any,
+) -> Session:
+    """The bundle in OpenVINO.
+
+    device: CPU, GPU, NPU (or GPU.1, …); SetupError where it is absent. hint: "f32" computes in float32 on every
+    processor, so that pictures match the reference (default on the CPU); "native" is what the device is fastest in
+    (bf16 or fp16, about 40 to 50 dB from float32; default elsewhere). threads: on the CPU. cache_dir: where compiled
+    models are kept between runs. Further options: `ComponentSession`.
+    """
+    import openvino as ov
+    from edgesd.targets._session import ComponentSession
+
+    core = ov.Core()
+    _check_device(core, device)
+    hint = ("f32" if device == "CPU" else "native") if hint is None else hint
+    if hint not in HINTS:
+        raise RequestError(f"hint {hint!r}", ", ".join(HINTS), "Choose one of these")
+    settings: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY"}
+    if hint == "f32":
+        settings["INFERENCE_PRECISION_HINT"] = "f32"
+    if threads is not None and device == "CPU":
+        settings["INFERENCE_NUM_THREADS"] = threads
+    if cache_dir is not None:
+        settings["CACHE_DIR"] = str(cache_dir)
+
+    def open_variant(variant: Variant, files: tuple[Path, ...]) -> Call:
+        return _run_in_openvino(core, files, device, settings, [spec.name for spec in variant.outputs])
+
+    return ComponentSession(directory, manifest, open_variant, **options)
+
+
+def count_operations(path: Path) -> OpCount:
+    """Layers as the CPU plugin runs them with native precision, by type and run-time precision (f32, bf16, i8, …)."""
+    import openvino as ov
+
+    core = ov.Core()
+    layers = core.compile_model(core.read_model(path), "CPU", {"INFERENCE_NUM_THREADS": 1}).get_runtime_model()
+    counts: Counter[tuple[str, str]] = Counter()
+    for layer in layers.get_ops():
+        facts = layer.get_rt_info()
+        counts[facts["layerType"].astype(str), facts["runtimePrecision"].astype(str)] += 1
+    return OpCount({key: count for key, count in counts.items() if key[0] not in ("Input", "Output", "Const")})
+
+
+def runtime_version() -> str:
+    import openvino as ov
+
+    return f"openvino {ov.__version__}"
+
+
+def devices() -> tuple[str, ...]:
+    """The devices OpenVINO finds here, e.g. ("CPU", "GPU")."""
+    import openvino as ov
+
+    return tuple(ov.Core().available_devices)
+
+
+def _check_device(core: Any, device: str) -> None:
+    here = core.available_devices
+    if device not in here and not any(found.startswith(f"{device}.") for found in here):
+        do = f"Choose --device {here[0]}, or install the driver for {device}" if here else "Install openvino again"
+        raise SetupError(f"device {device!r} is not here", ", ".join(here) or "no device found", do)
+
+
+def _convert(component: Component) -> Any:
+    """The component as an OpenVINO model with static shapes and edgesd's names. Raises GateError."""
+    import openvino as ov
+    import torch
+    from edgesd.targets._session import reason
+
+    try:
+        with _quiet():
+            model = ov.convert_model(torch.export.export(component.module, component.example, strict=False))
+    except Exception as error:  # the converter raises whatever its passes raise
+        came = f"OpenVINO cannot convert {component.name}: {reason(error)}"
+        raise GateError(
+            came, "operations of OpenVINO's PyTorch front end", "Choose another target, or report this"
+        ) from error
+    # The front end forgets the static shapes of an ExportedProgram; with them, its shape arithmetic folds away.
+    pairs = list(zip(model.inputs, component.inputs, strict=True))
+    model.reshape({port: list(spec.shape) for port, spec in pairs})
+    for port, spec in (*pairs, *zip(model.outputs, component.outputs, strict=True)):
+        port.set_names({spec.name})
+        port.get_node().set_friendly_name(spec.name)
+    model.validate_nodes_and_infer_types()
+    return model
+
+
+def _run_in_openvino(core: Any, files: tuple[Path, ...], device: str, settings: dict, outputs: list[str]) -> Call:
+    model = core.read_model(files[0], files[1])
+    request = core.compile_model(model, device, settings).create_infer_request()
+
+    def call(inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        request.infer(inputs, share_inputs=True)
+        return {output: request.get_tensor(output).data for output in outputs}
+
+    return call
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keeps the converter's notices off the terminal and off stdout; its errors still come through."""
+    logger = logging.getLogger("openvino")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)
