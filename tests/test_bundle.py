@@ -1,7 +1,6 @@
 """Bundles on disk: whole or not there, read with nothing on trust, hashed once and again only when something moved."""
 
 import errno
-import json
 import os
 import random
 import signal
@@ -15,7 +14,7 @@ from bundles import FILES, fill, make, manifest
 
 from edgesd import bundle, files
 from edgesd.errors import DataError, RequestError, SetupError
-from edgesd.manifest import Manifest
+from edgesd.manifest import FORMAT, Axes, Manifest
 
 
 @pytest.fixture(autouse=True)
@@ -374,7 +373,8 @@ def test_the_cache_is_where_the_user_says(monkeypatch, tmp_path):
     assert files.cache_folder() == tmp_path / "home" / ".cache" / "edgesd"
 
 
-def test_seal_writes_plain_json(good):
-    raw = json.loads((good / "manifest.json").read_text())
-    assert raw["files"][0].keys() == {"path", "bytes", "sha256"}
-    assert raw["format"] == "1.0"
+def test_the_format_page_names_every_field_of_the_manifest():
+    page = (Path(__file__).parent.parent / "docs" / "bundle.md").read_text()
+    for name in (*Manifest.model_fields, *Axes.model_fields):
+        assert f"`{name}`" in page
+    assert f"format {FORMAT}" in page

@@ -538,6 +538,11 @@ def format_is_a_number(folder):
     edit(folder, "format", to=1.0)
 
 
+@expect("noise.version: Input should be 1")
+def noise_of_a_later_version(folder):
+    edit(folder, "noise", to={"version": 2})
+
+
 @expect("features this edgesd lacks: w4a8")
 def unknown_critical_feature(folder):
     edit(folder, "critical", to=["w4a8"])
