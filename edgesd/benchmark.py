@@ -6,19 +6,21 @@ is not emptied: "cold" is a fresh process, "warm" the same process once more.
 
 from __future__ import annotations
 
-import json
-import subprocess
 import sys
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from edgesd.errors import DataError, EdgesdError, GateError, RequestError, SetupError
+from edgesd.child import in_child
+from edgesd.errors import DataError, RequestError, SetupError
 from edgesd.sheet import Section, Sheet, duration, size
-from edgesd.timing import Spread, measure, peak_memory_bytes, spread, timed
+from edgesd.timing import Spread, measure, spread, timed
+
+if TYPE_CHECKING:
+    from edgesd.golden import Golden
+    from edgesd.runtime.session import Session
 
 COLD_LOADS = 3  # processes started for the cold load, at most
-_KINDS = {kind.__name__: kind for kind in (RequestError, GateError, DataError, SetupError)}
 
 
 def bench(folder: Path | str, runs: int = 7, threads: int | None = None, device: str | None = None) -> Sheet:
@@ -40,11 +42,10 @@ def bench(folder: Path | str, runs: int = 7, threads: int | None = None, device:
             "Run edgesd bench there; here the bundle is interpreted, which says nothing about its speed",
         )
     options = {key: value for key, value in (("threads", threads), ("device", device)) if value is not None}
-    whole = _child(opened.folder, runs, options)
-    cold = [
-        whole["cold_load"],
-        *(_child(opened.folder, 0, options)["cold_load"] for _ in range(min(runs, COLD_LOADS) - 1)),
-    ]
+    ran = in_child(observe, opened.folder, runs, options, label="the measurement")
+    whole, cold = ran.value, [ran.value["cold_load"]]
+    for _ in range(min(runs, COLD_LOADS) - 1):
+        cold.append(in_child(observe, opened.folder, 0, options, label="a cold load").value["cold_load"])
     data = {
         "bundle": opened.folder.name,
         "target": opened.manifest.target,
@@ -54,7 +55,7 @@ def bench(folder: Path | str, runs: int = 7, threads: int | None = None, device:
         "cold_load": spread(cold).to_json(),
         "warm_load": whole["warm_load"],
         "components": whole["components"],
-        "peak_memory_bytes": whole["peak_memory_bytes"],
+        "peak_memory_bytes": ran.peak_bytes,
     }
     return Sheet(data, (_section(data),))
 
@@ -73,23 +74,6 @@ def _section(data: dict[str, Any]) -> Section:
 # ---- in the child ----------------------------------------------------------------------------------------------
 
 
-def _child(folder: Path, runs: int, options: dict[str, Any]) -> dict[str, Any]:
-    """`observe` in a fresh process; its errors come back as they were raised."""
-    asked = json.dumps({"folder": str(folder), "runs": runs, "options": options})
-    ran = subprocess.run(
-        [sys.executable, "-m", "edgesd.benchmark"], input=asked, capture_output=True, text=True, check=False
-    )
-    try:
-        answer = json.loads(ran.stdout.splitlines()[-1])
-    except (IndexError, ValueError):
-        reason = ran.stderr.strip().splitlines()[-1:] or [f"exit code {ran.returncode}"]
-        raise SetupError(f"the measuring process died ({reason[0][:300]})", "a process that ends",
-                         "Check the free memory, and run it again") from None  # fmt: skip
-    if "error" in answer:
-        raise _KINDS.get(answer["error"], EdgesdError)(*answer["parts"])
-    return answer
-
-
 def observe(folder: Path, runs: int, options: dict[str, Any]) -> dict[str, Any]:
     """Figures of this process. runs 0: the cold load alone, which every process has but once."""
     from edgesd import bundle, golden, targets
@@ -98,7 +82,7 @@ def observe(folder: Path, runs: int, options: dict[str, Any]) -> dict[str, Any]:
     manifest = opened.manifest
     names = [component.name for component in manifest.components]
 
-    def load() -> Any:
+    def load() -> Session:
         session = targets.load(manifest.target).open(opened.folder, manifest, **options)
         for name in names:
             session.load(name)
@@ -108,36 +92,24 @@ def observe(folder: Path, runs: int, options: dict[str, Any]) -> dict[str, Any]:
     answer: dict[str, Any] = {"cold_load": cold}
     if runs:
         stored = golden.read(opened)
-        answer["components"] = {
-            name: spread_of_calls(session, stored, name, runs).to_json()
-            for name in names
-            if name in stored.components()
-        }
-        answer["peak_memory_bytes"] = peak_memory_bytes()  # of one session: a second one follows
+        answer["components"] = {name: _calls(session, stored, name, runs).to_json() for name in names}
         warm = []
         for _ in range(runs):
             for name in names:
-                session.unload(name)
+                session.unload(name)  # never two at a time: the peak of memory is that of one
+            del session
             session, seconds = timed(load)
             warm.append(seconds)
         answer["warm_load"] = spread(warm).to_json()
     return answer
 
 
-def spread_of_calls(session: Any, stored: Any, component: str, runs: int) -> Spread:
+def _calls(session: Session, stored: Golden, component: str, runs: int) -> Spread:
     """Seconds of a component's first recorded call, repeated."""
-    call = stored.calls(component, min(session.batches(component) or (1,)))[0]
-    return measure(partial(session.run, component, call.inputs), runs)
-
-
-def _main() -> None:
-    asked = json.load(sys.stdin)
-    try:
-        answer = observe(Path(asked["folder"]), asked["runs"], asked["options"])
-    except EdgesdError as error:
-        answer = {"error": type(error).__name__, "parts": [error.came, error.allowed, error.do]}
-    print(json.dumps(answer))
-
-
-if __name__ == "__main__":
-    _main()
+    batches = session.batches(component)
+    calls = stored.calls(component, 1 if batches is None else min(batches))
+    if not calls:
+        raise DataError(
+            f"the golden vectors hold no call of {component}", "calls of every component", "Package the model again"
+        )
+    return measure(partial(session.run, component, calls[0].inputs), runs)

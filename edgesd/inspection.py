@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import stat
 from collections import Counter
+from contextlib import suppress
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +15,7 @@ from edgesd.diagnosis import doctor
 from edgesd.errors import SetupError
 from edgesd.parity import describe
 from edgesd.sheet import Section, Sheet, decibels, duration, size
+from edgesd.stages import Stages
 
 if TYPE_CHECKING:
     from edgesd.bundle import Bundle
@@ -22,6 +26,7 @@ __all__ = ["bench", "cache", "doctor", "inspect", "samplers"]
 
 CACHES = {"stages": "finished packaging stages", "prompts": "prompt embeddings", "receipts": "bundles already verified"}
 MOST_SHOWN = 12  # operation types in the table; the JSON has all
+_PLAIN = ("float32", "f32", "")
 
 
 # ---- inspect ---------------------------------------------------------------------------------------------------
@@ -129,20 +134,16 @@ def _inspected(manifest: Manifest, data: dict[str, Any], missing: str) -> list[S
 
 
 def _operations(variants: list[dict[str, Any]]) -> list[Section]:
-    """Operations by type and precision, a column per variant, the most frequent first."""
-    counted = {f"{v['component']} {v['variant']}": v["operations"] for v in variants if v["operations"] is not None}
-    if not counted:
-        return []
-    totals: Counter[tuple[str, str]] = Counter()
-    for operations in counted.values():
-        for kind, by_precision in operations.items():
-            totals.update({(kind, precision): count for precision, count in by_precision.items()})
-    rows = tuple(
-        (kind, precision, *(str(operations.get(kind, {}).get(precision, "")) for operations in counted.values()))
-        for (kind, precision), _ in totals.most_common(MOST_SHOWN)
-    )
-    left = len(totals) - len(rows)
-    return [Section("Operations", ("type", "precision", *counted), rows, f"and {left} more kinds" if left > 0 else "")]
+    """Per variant: "Conv 31, MatMul 12 + 4 int8 …", the most frequent first; the precision where it is not float32."""
+    rows = []
+    for v in variants:
+        if v["operations"] is not None:
+            flat = {(k, p): n for k, by_precision in v["operations"].items() for p, n in by_precision.items()}
+            ranked = Counter(flat).most_common()
+            words = [f"{kind} {n}" if p in _PLAIN else f"{kind} {n} {p}" for (kind, p), n in ranked[:MOST_SHOWN]]
+            more = f", and {len(ranked) - MOST_SHOWN} more kinds" if len(ranked) > MOST_SHOWN else ""
+            rows.append((v["component"], v["variant"], str(sum(flat.values())), ", ".join(words) + more))
+    return [Section("Operations", ("component", "variant", "all", "by type"), tuple(rows))] if rows else []
 
 
 # ---- samplers --------------------------------------------------------------------------------------------------
@@ -153,27 +154,23 @@ def samplers(steps: int) -> Sheet:
 
     Raises SetupError where the packaging libraries are missing.
     """
-    import importlib
-
     try:
-        schedules = importlib.import_module("edgesd.sampling.schedules")
-        found = [dict(one) for one in schedules.describe(steps)]
+        from edgesd.sampling.schedules import describe as describe_samplers
+
+        found = [asdict(one) for one in describe_samplers(steps)]
     except ModuleNotFoundError as error:
         raise SetupError(
             f"listing samplers needs {error.name}, not installed here",
             "the packaging libraries",
             'Run pip install "edgesd[package]"; edgesd inspect lists what a bundle holds',
         ) from None
-    columns = tuple(dict.fromkeys(key for one in found for key in one))
-    rows = tuple(tuple(_cell(one.get(column)) for column in columns) for one in found)
-    titles = tuple(column.replace("_", " ") for column in columns)
+    titles = tuple(key.replace("_", " ") for key in found[0])
+    rows = tuple(tuple(_cell(value) for value in one.values()) for one in found)
     return Sheet({"steps": steps, "samplers": found}, (Section(f"Samplers at {steps} steps", titles, rows),))
 
 
 def _cell(value: Any) -> str:
-    if isinstance(value, bool):
-        return "yes" if value else ""
-    return "" if value is None else str(value)
+    return ("yes" if value else "") if isinstance(value, bool) else str(value)
 
 
 # ---- cache -----------------------------------------------------------------------------------------------------
@@ -187,7 +184,7 @@ def cache(clear: bool = False) -> Sheet:
     root = files.cache_folder()
     kept = {}
     for name in CACHES:
-        sizes = _sizes(root / name)
+        sizes = _kept(root / name)
         kept[name] = {"entries": len(sizes), "bytes": sum(sizes)}
         if clear:
             with files.disk_errors(root / name, "Delete it by hand"):
@@ -198,21 +195,20 @@ def cache(clear: bool = False) -> Sheet:
     return Sheet(data, (Section(str(root), ("cache", "what", "files", "size"), rows, note),))
 
 
-def _sizes(folder: Path) -> list[int]:
+def _kept(folder: Path) -> list[int]:
+    """Sizes of what is kept: finished stages, or files."""
+    if folder.name == "stages":
+        return [entry.bytes for entry in Stages(folder).entries()]
     found = []
     for path in folder.rglob("*"):
-        try:
-            if path.is_file() and not path.is_symlink():
-                found.append(path.stat().st_size)
-        except FileNotFoundError:
-            continue  # another process is tidying up
+        with suppress(FileNotFoundError):  # another process is tidying up
+            status = path.lstat()
+            found += [status.st_size] if stat.S_ISREG(status.st_mode) else []
     return found
 
 
 def _clear(folder: Path) -> None:
     if folder.name == "stages":
-        from edgesd import stages
-
-        stages.clear()
+        Stages(folder).clear()  # leaves alone what another process is using
     else:
         files.remove(folder)

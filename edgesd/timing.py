@@ -1,13 +1,11 @@
-"""Seconds, honestly: warm-up calls apart, the median with its spread, the process's own peak of memory."""
+"""Seconds, honestly: warm-up calls apart, and the median never without its spread."""
 
 from __future__ import annotations
 
 import statistics
-import sys
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 from edgesd.errors import RequestError
@@ -48,22 +46,3 @@ def measure(
     for _ in range(warmup):
         call()
     return spread(timed(call, clock)[1] for _ in range(runs))
-
-
-def peak_memory_bytes() -> int:
-    """The most resident memory this process has had.
-
-    On Linux from /proc: getrusage there also counts what the parent had before it started this process.
-    """
-    if sys.platform == "linux":
-        for line in Path("/proc/self/status").read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
-    if sys.platform == "win32":
-        import psutil
-
-        return int(psutil.Process().memory_info().peak_wset)
-    import resource
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
