@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 COMPONENTS = ("text_encoder", "unet", "vae_decoder", "vae_encoder")
 PART_OF = {"text_encoder": "text_encoder", "unet": "unet", "vae_decoder": "vae", "vae_encoder": "vae"}
 WEIGHT_BYTES = {"fp32": 4, "fp16": 2}
-# Peak of a converter's process in units of the component's float32 bytes, and what its libraries take before any weight.
+# Peak of a converter's process: units of the component's float32 bytes, and what its libraries take before any weight.
 # Measured on the embedded model and on SD 1.5's architecture (docs/packaging.md); a new target starts at the largest.
 PEAK_FACTOR = {"onnx-web": 3.2, "openvino": 3.0, "tflite": 5.0, "coreml": 4.5}
 LIBRARIES_BYTES = {"onnx-web": 900 << 20, "openvino": 900 << 20, "tflite": 1600 << 20, "coreml": 1000 << 20}
@@ -65,6 +65,11 @@ class BuildPlan:
         return sum(p.bytes for p in self.artefacts)
 
     @property
+    def fp32_bytes(self) -> int:
+        """Of the whole checkpoint in memory."""
+        return 4 * sum({p.component: p.params for p in self.artefacts}.values())
+
+    @property
     def peak_bytes(self) -> int:
         return max(p.peak_bytes for p in self.artefacts)
 
@@ -74,17 +79,16 @@ def make_plan(recipe: Recipe, checkpoint: Checkpoint, output: Path) -> BuildPlan
     from edgesd.sampling.schedules import names
 
     target = targets.load(recipe.target, lowering=True)
-    precision = target.capabilities.precisions[0] if recipe.precision is None else recipe.precision
-    if precision not in target.capabilities.precisions:
-        allowed = ", ".join(target.capabilities.precisions)
-        raise RequestError(f"precision {precision} for {recipe.target}", allowed, "Change --precision")
     checkpoint = _sized(checkpoint, recipe)
     params = count_params(checkpoint)
+    if recipe.chunks > 1 and not getattr(target, "chunked", False):
+        raise RequestError(
+            f"{recipe.chunks} chunks for {recipe.target}", "one: only coreml splits a UNet", "Drop --chunks"
+        )
     artefacts = []
     for component in COMPONENTS:
-        for axes in _axes(component, recipe, target, precision, checkpoint.spec.defaults.size_px):
-            planned = _predict(recipe.target, component, axes, params[component])
-            artefacts.append(planned)
+        for axes in _axes(component, recipe, target, checkpoint.spec.defaults.size_px):
+            artefacts.append(_predict(recipe.target, component, axes, params[component]))
     samplers = recipe.samplers if recipe.samplers else default_samplers(checkpoint.spec.defaults.sampler)
     if unknown := [name for name in samplers if name not in (*names(), "default")]:
         raise RequestError(f"sampler {unknown[0]!r}", ", ".join(names()), "edgesd samplers lists them")
@@ -119,24 +123,46 @@ def _downs(checkpoint: Checkpoint) -> int:
     return len(config["block_out_channels"])
 
 
-def _axes(component: str, recipe: Recipe, target: Target, precision: str, size_px: tuple[int, int]) -> list[Axes]:
-    forms = [target.capabilities.forms[0], *(f for f in recipe.forms if f != target.capabilities.forms[0])]
-    if unknown := [form for form in forms if form not in target.capabilities.forms]:
-        allowed = ", ".join(f for f in target.capabilities.forms if f)
-        raise RequestError(f"form {unknown[0]!r} for {recipe.target}", allowed, "Change --form")
+def _axes(component: str, recipe: Recipe, target: Target, size_px: tuple[int, int]) -> list[Axes]:
     batches = (1, 2) if recipe.batch2 and component == "unet" else (1,)
-    chunks = recipe.chunks if component == "unet" and recipe.target == "coreml" else 1
+    chunks = recipe.chunks if component == "unet" else 1
     return [
-        Axes(size_px=size_px, precision=own_precision(target, form, precision), form=form, batch=batch, chunk=(i, chunks))
-        for form in forms
+        Axes(size_px=size_px, precision=precision, form=form, batch=batch, chunk=(i, chunks))  # type: ignore[arg-type]
+        for precision, form in flavours(recipe, target)
         for batch in batches
         for i in range(chunks)
-    ]  # fmt: skip
+    ]
 
 
-def own_precision(target: Target, form: str, precision: str) -> Any:
-    """A form may bring its own precision (WebGPU and GPU delegates compute in float16 when nothing else was asked)."""
-    return getattr(target, "form_precision", {}).get(form, precision)
+def flavours(recipe: Recipe, target: Target) -> list[tuple[str, str]]:
+    """(precision, form) of the variants to make, the default one first. Raises RequestError for one it has not.
+
+    Without --precision a target makes its own choice (`default_variants`); --form adds to it.
+    """
+    precisions = target.capabilities.precisions
+    if recipe.precision is not None and recipe.precision not in precisions:
+        raise RequestError(
+            f"precision {recipe.precision} for {recipe.target}", ", ".join(precisions), "Change --precision"
+        )
+    if recipe.precision is None:
+        own = ((precisions[0], _forms(target, precisions[0])[0]),)
+        made = list(getattr(target, "default_variants", own))
+    else:
+        made = [(recipe.precision, _forms(target, recipe.precision)[0])]
+    for form in recipe.forms:
+        allowed = _forms(target, made[0][0])
+        if form not in allowed:
+            shown = ", ".join(f for f in allowed if f) or "none beside its own"
+            raise RequestError(
+                f"form {form!r} of {made[0][0]} for {recipe.target}", shown, "Change --form or --precision"
+            )
+        made.append((made[0][0], form))
+    return list(dict.fromkeys(made))
+
+
+def _forms(target: Target, precision: str) -> tuple[str, ...]:
+    forms = getattr(target, "forms", None)
+    return target.capabilities.forms if forms is None else forms(precision)
 
 
 def _predict(target: str, component: str, axes: Axes, params: int) -> Planned:

@@ -161,6 +161,11 @@ def _stacked(calls: list[Call], batch: int) -> Iterator[Call]:
 # ---- recording -------------------------------------------------------------------------------------------------
 
 
+def prompt_for(spec: ModelSpec) -> str:
+    """Words that the model is known to draw: the recorded prompt, and the one that examples show."""
+    return _PROMPTS.get(spec.name, _NEUTRAL)
+
+
 def settings_for(spec: ModelSpec, steps_of: Mapping[str, Sequence[int]]) -> Settings:
     """The run to record for a bundle. steps_of: the step counts its tables hold, by sampler.
 
@@ -168,8 +173,9 @@ def settings_for(spec: ModelSpec, steps_of: Mapping[str, Sequence[int]]) -> Sett
     """
     sampler = spec.defaults.sampler if spec.defaults.sampler in steps_of else next(iter(steps_of))
     steps = min(steps_of[sampler], key=lambda count: (abs(count - STEPS), count))
-    prompt = _PROMPTS.get(spec.name, _NEUTRAL)
-    return Settings(prompt=prompt, sampler=sampler, num_inference_steps=steps, guidance_scale=spec.defaults.guidance)
+    return Settings(
+        prompt=prompt_for(spec), sampler=sampler, num_inference_steps=steps, guidance_scale=spec.defaults.guidance
+    )
 
 
 class _Recorder:

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from edgesd import bundle, golden, targets
 from edgesd.buildplan import PART_OF, BuildPlan, Planned, make_plan
+from edgesd.child import Child, in_child
 from edgesd.errors import GateError, RequestError
 from edgesd.manifest import (
     Component,
@@ -28,17 +29,19 @@ from edgesd.manifest import (
     Provenance,
     SamplerFile,
     TensorSpec,
-    TokenizerSpec,
     Variant,
 )
+from edgesd.parity import describe
 from edgesd.recipe import make_recipe
 from edgesd.sheet import Section, decibels, duration, render, size
-from edgesd.stages import Stages, digest, in_child
-from edgesd.validate import describe
+from edgesd.stages import Stages
+from edgesd.stages import key as stage_key
 
 if TYPE_CHECKING:
     from rich.console import Group
 
+OWN_CHILD_BYTES = 256 << 20  # float32 weights beyond which a stage gets a process of its own
+CACHE_BYTES = 20 << 30
 LIBRARIES = (
     "torch", "diffusers", "transformers", "onnx", "onnxscript", "onnxruntime", "openvino", "litert-torch",
     "ai-edge-litert", "coremltools", "numpy",
@@ -111,7 +114,8 @@ class Packaged:
             lost = "".join(f"\ndowngrade: {d.component}: {d.what} ({d.why})" for d in m.manifest.downgrades)
             columns = ("component", "variant", "size", "SNR dB", "status", "a call")
             sections.append(Section(m.manifest.target, columns, rows, total + lost))
-        draw = f'Draw with it: edgesd generate "{m.manifest.quality.get("prompt", "a prompt")}" -m {m.path}'
+        prompt = golden.prompt_for(m.manifest.model)
+        draw = f'Draw with it: edgesd generate "{prompt}" -m {m.path} -o picture.png'
         return [*sections, Section("", (), (), draw)]
 
     def _plan_sections(self) -> list[Section]:
@@ -157,50 +161,79 @@ def package_all(
 def build(plan: BuildPlan, *, force: bool = False) -> Made:
     """Makes one bundle: lowers, records the truth, writes, measures, and ships it if it reaches its gate."""
     began = time.perf_counter()
-    stages, peaks = Stages(), [0]
-    with bundle.writing(plan.destination, force=force) as folder:
-        truth = _stage(plan, stages, peaks, "reference", _truth_key(plan), _record_truth, plan)
+    with bundle.writing(plan.destination, force=force) as folder, _Workers(plan) as workers:
+        truth = workers.stage("reference", plan.fp32_bytes, _truth_key(plan), _record_truth, plan)
         _copy(truth / "files", folder)
         facts = json.loads((truth / "facts.json").read_text(encoding="utf-8"))
         variants: dict[str, list[Variant]] = {}
         downgrades: list[Downgrade] = []
         for planned in plan.artefacts:
-            key = _lower_key(plan, planned)
-            made = _stage(plan, stages, peaks, planned.folder, key, _lower, plan, planned)
+            made = workers.stage(planned.folder, planned.params * 4, _lower_key(plan, planned), _lower, plan, planned)
             _copy(made / "files", folder / planned.folder)
             variant, lost = _variant(planned, json.loads((made / "lowered.json").read_text(encoding="utf-8")))
             variants.setdefault(planned.component, []).append(variant)
             downgrades += lost
+        workers.close()
         manifest = _manifest(plan, facts, variants, downgrades, folder)
         bundle.seal(folder, manifest)
-        manifest = _measured(plan, folder, manifest, peaks)
+        manifest = _measured(plan, folder, manifest, workers)
         bundle.seal(folder, manifest)
-    return Made(plan.destination, manifest, time.perf_counter() - began, peaks[0])
+    return Made(plan.destination, manifest, time.perf_counter() - began, workers.peak_bytes)
 
 
 # ---- stages ----------------------------------------------------------------------------------------------------
 
 
-def _stage(
-    plan: BuildPlan, stages: Stages, peaks: list[int], label: str, key: str, work: Callable[..., None], *args: Any
-) -> Path:
-    """One cached stage in a child process, with a progress line."""
+class _Workers:
+    """Runs stages in children: small ones share one (imports cost seconds), a big one has its own and gives back."""
 
-    def make(folder: Path) -> None:
-        peaks[0] = max(peaks[0], in_child(work, *args, folder, label=f"{plan.recipe.target}: {label}").peak_bytes)
+    def __init__(self, plan: BuildPlan) -> None:
+        self.peak_bytes = 0
+        self._target, self._stages, self._shared = plan.recipe.target, Stages(limit_bytes=CACHE_BYTES), None
 
-    with _line(f"{plan.recipe.target}: {label}"):
-        return stages.run(key, make)
+    def __enter__(self) -> _Workers:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        if self._shared is not None:
+            self._shared.close()
+            self._shared = None
+
+    def stage(self, what: str, weight_bytes: int, key: str, work: Callable[..., None], *args: Any) -> Path:
+        """The folder of a stage, from the cache or made now by `work(*args, folder)` in a child."""
+        label = f"{self._target}: {what}"
+
+        def make(folder: Path) -> None:
+            if weight_bytes > OWN_CHILD_BYTES:
+                self.close()
+                ran = in_child(work, *args, folder, label=label)
+            else:
+                if self._shared is None:
+                    self._shared = Child()
+                ran = self._shared.run(work, *args, folder, label=label)
+            self.peak_bytes = max(self.peak_bytes, ran.peak_bytes)
+
+        with _line(label):
+            return self._stages.run(key, make)
 
 
 def _truth_key(plan: BuildPlan) -> str:
     c = plan.checkpoint
-    return digest("reference", c.sha256, c.spec.model_dump(mode="json"), plan.samplers, plan.recipe.steps, _versions())
+    return stage_key("reference", c.sha256, c.spec, plan.samplers, plan.recipe.steps, libraries=LIBRARIES)
 
 
 def _lower_key(plan: BuildPlan, planned: Planned) -> str:
-    options = [plan.recipe.target, planned.component, planned.axes.model_dump(mode="json"), plan.recipe.minimum_target]
-    return digest("lower", plan.checkpoint.sha256, plan.checkpoint.spec.model_dump(mode="json"), options, _versions())
+    parts = (plan.checkpoint.sha256, plan.checkpoint.spec, planned.axes, _options(plan))
+    return stage_key(f"{plan.recipe.target}-{planned.component}", *parts, libraries=LIBRARIES)
+
+
+def _options(plan: BuildPlan) -> dict[str, Any]:
+    """The fields of the recipe that the target's `lower` takes as options."""
+    wanted = getattr(targets.load(plan.recipe.target), "lower_options", ())
+    return {name: getattr(plan.recipe, name) for name in wanted}
 
 
 def _record_truth(plan: BuildPlan, folder: Path) -> None:
@@ -241,9 +274,7 @@ def _lower(plan: BuildPlan, planned: Planned, folder: Path) -> None:
         model = load_parts(plan.checkpoint, [PART_OF[planned.component]])
         component = build_component(planned.component, model.modules, model.spec, planned.axes)
         (folder / "files").mkdir()
-        lowered = target.lower(
-            component, planned.axes, folder / "files", minimum_target=plan.recipe.minimum_target
-        )  # fmt: skip
+        lowered = target.lower(component, planned.axes, folder / "files", **_options(plan))
         cost = count(component.module, component.example)
     record = {
         "files": [f.as_posix() for f in lowered.files],
@@ -312,22 +343,23 @@ def _manifest(
 def _shipped_spec(plan: BuildPlan, facts: dict[str, Any]) -> ModelSpec:
     """The checkpoint's facts as they hold in this bundle: its size, its samplers, its preview factors."""
     spec = plan.checkpoint.spec
-    latent = spec.latent.model_copy(update={"rgb_factors": facts["rgb_factors"], "rgb_bias": facts["rgb_bias"]})
+    factors = {"rgb_factors": tuple(map(tuple, facts["rgb_factors"])), "rgb_bias": tuple(facts["rgb_bias"])}
+    latent = spec.latent.model_copy(update=factors)
     sampler = spec.defaults.sampler if spec.defaults.sampler in plan.samplers else plan.samplers[0]
     steps = min(max(spec.defaults.steps, plan.recipe.steps[0]), plan.recipe.steps[1])
     defaults = spec.defaults.model_copy(update={"sampler": sampler, "steps": steps})
-    tokenizers: tuple[TokenizerSpec, ...] = spec.tokenizers
-    return spec.model_copy(update={"latent": latent, "defaults": defaults, "tokenizers": tokenizers})
+    return spec.model_copy(update={"latent": latent, "defaults": defaults})
 
 
-def _measured(plan: BuildPlan, folder: Path, manifest: Manifest, peaks: list[int]) -> Manifest:
+def _measured(plan: BuildPlan, folder: Path, manifest: Manifest, workers: _Workers) -> Manifest:
     """Runs the sealed bundle against its golden vectors in a child; the manifest with what came of it, or GateError."""
     from edgesd import validate
 
-    with _line(f"{plan.recipe.target}: validate"):
-        ran = in_child(validate.validate, folder, label=f"{plan.recipe.target}: validate")
-    peaks[0] = max(peaks[0], ran.peak_bytes)
-    report = ran.value
+    label = f"{plan.recipe.target}: validate"
+    with _line(label):
+        ran = in_child(validate.validate, folder, label=label)
+    workers.peak_bytes = max(workers.peak_bytes, ran.peak_bytes)
+    report: validate.Report = ran.value
     if not report.passed:
         try:
             report.require()
