@@ -1,4 +1,4 @@
-"""openvino: IR files (`.xml` and `.bin`) for OpenVINO on Intel processors, GPUs and NPUs. Shapes are static: NPUs ask it.
+"""openvino: IR files (`.xml`, `.bin`) for OpenVINO on Intel processors, GPUs and NPUs. Static shapes: NPUs ask it.
 
 fp16 halves the weights on disk; what the arithmetic is done in is the device's choice at run time, unless told.
 """

@@ -23,10 +23,14 @@ def target():
 def converting_once(target):
     """Both precisions are saved from one conversion, which takes most of the time."""
     made, convert = {}, target._convert
+
+    def converted(component):
+        key = component.name, component.inputs
+        made[key] = made[key] if key in made else convert(component)
+        return made[key]
+
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            target, "_convert", lambda c: made[c.name] if c.name in made else made.setdefault(c.name, convert(c))
-        )
+        patch.setattr(target, "_convert", converted)
         yield
 
 
