@@ -76,8 +76,8 @@ def build(name: str, modules: Mapping[str, nn.Module], spec: ModelSpec, axes: Ax
 def half(component: Component) -> Component:
     """The same component with float16 weights and arithmetic; its inputs and outputs stay float32.
 
-    Costs a float16 copy of the weights. The sinusoids of the timestep stay float32. Norms keep their float32 sums where
-    the target's norm operation does so (ONNX's stash type).
+    Costs a float16 copy of the weights. The sinusoids of the timestep stay float32. Layer norms keep
+    float32 sums where the target's operation does so (ONNX's stash type).
     """
     return replace(component, module=_Half(component).eval())
 

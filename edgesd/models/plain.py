@@ -47,6 +47,16 @@ def plain(module: Layer) -> Layer:
     return shared.eval()
 
 
+def instance_norms(module: nn.Module) -> nn.Module:
+    """A weight-sharing copy whose group norms are instance norms over groups, for runtimes that have only those."""
+    shared = share(module)
+    for parent in list(shared.modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, nn.GroupNorm):
+                setattr(parent, name, InstanceGroupNorm(child))
+    return shared.eval()
+
+
 def attend(
     attn: Layer,
     hidden_states: torch.Tensor,
@@ -130,6 +140,20 @@ class Sinusoids(nn.Module):
         angle = time * self.coarse + time * self.fine
         waves = (angle.cos(), angle.sin()) if self.cosine_first else (angle.sin(), angle.cos())
         return torch.cat(waves, dim=1)
+
+
+class InstanceGroupNorm(nn.Module):
+    """GroupNorm (Wu & He 2018) as an instance norm of [N, groups, rest], its sums in float32, then scale and shift."""
+
+    def __init__(self, norm: nn.GroupNorm) -> None:
+        super().__init__()
+        self.weight, self.bias, self.groups, self.eps = norm.weight, norm.bias, norm.num_groups, norm.eps
+
+    def forward(self, states: torch.Tensor) -> torch.Tensor:
+        grouped = states.float().reshape(states.shape[0], self.groups, -1)
+        normed = nn.functional.instance_norm(grouped, eps=self.eps).reshape(states.shape).to(states.dtype)
+        per_channel = (1, -1) + (1,) * (states.ndim - 2)
+        return normed * self.weight.reshape(per_channel) + self.bias.reshape(per_channel)
 
 
 _PLAIN = {"GEGLU": Gate, "Timesteps": Sinusoids, "Dropout": lambda _: nn.Identity()}

@@ -9,6 +9,7 @@ import torch
 from edgesd.errors import RequestError
 from edgesd.manifest import Axes
 from edgesd.models import modules as m
+from edgesd.models.plain import instance_norms
 
 AXES = Axes(size_px=tiny.SIZE_PX, batch=2)
 
@@ -113,6 +114,22 @@ def test_vae_equals_diffusers(kind):
         close(made[0], truth.latent_dist.mean)
         close(made[1], truth.latent_dist.std)
     assert [spec.name for spec in encoder.outputs] == (["mean"] if kind == "tiny" else ["mean", "std"])
+
+
+@pytest.mark.parametrize("shape", [(2, 8, 5), (1, 8, 3, 4)])
+def test_instance_norms_equal_group_norms(shape):
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(torch.nn.GroupNorm(4, 8, eps=1e-3))
+    torch.nn.init.normal_(net[0].weight)
+    torch.nn.init.normal_(net[0].bias)
+    copied = instance_norms(net)
+    x = 3 + 5 * torch.randn(shape)
+    close(copied(x), net(x))
+    assert isinstance(net[0], torch.nn.GroupNorm)
+    assert not any(isinstance(layer, torch.nn.GroupNorm) for layer in copied.modules())
+    # float16 sums would overflow here.
+    loud = 200 * torch.randn(1, 8, 64, 64)
+    torch.testing.assert_close(copied.half()(loud.half()).float(), net.float()(loud), rtol=0, atol=0.02)
 
 
 def test_no_tensor_of_the_exported_graph_has_more_than_four_dimensions():
