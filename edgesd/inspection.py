@@ -98,7 +98,7 @@ def _variant(opened: Bundle, component: str, variant: Variant, target: Target | 
 
 def _inspected(manifest: Manifest, data: dict[str, Any], missing: str) -> list[Section]:
     rows = tuple(
-        (v["component"], v["variant"], size(v["bytes"]), f"{v['params'] / 1e6:.2f} M", f"{v['macs'] / 1e9:.3f} G",
+        (v["component"], v["variant"], size(v["bytes"]), f"{v['params'] / 1e6:.1f} M", f"{v['macs'] / 1e9:.2f} G",
          decibels(v["snr_db"]), duration(v["seconds"]), v["status"])
         for v in data["variants"]
     )  # fmt: skip

@@ -260,7 +260,7 @@ def check_picture(
         checks.append(Check(what, figures["psnr_db"], gate.picture_psnr_db, "dB PSNR"))
     if gate.picture_mean_abs is not None:
         checks.append(
-            Check(f"{what}, mean difference", figures["mean_abs"], gate.picture_mean_abs, "of the range", ceiling=True)
+            Check(f"{what}, mean difference", figures["mean_abs"], gate.picture_mean_abs, "of 1", ceiling=True)
         )
     return checks, figures
 

@@ -10,6 +10,9 @@ if TYPE_CHECKING:
     from rich.console import Group
 
 
+SHORT = 26  # characters: columns of at most this are not broken where a longer one can be
+
+
 @dataclass(frozen=True)
 class Section:
     """One table. rows: text as it is shown, as many cells as columns. note: a line below it."""
@@ -43,10 +46,13 @@ def render(sections: Iterable[Section]) -> Group:
 
     shown: list[Any] = []
     for section in sections:
-        table = Table(title=Text(section.title), title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
-        for index, column in enumerate(section.columns):
-            numeric = bool(section.rows) and all(_is_figure(row[index]) for row in section.rows)
-            table.add_column(Text(column), justify="right" if numeric else "left", overflow="fold")
+        table = Table(title=Text(section.title), title_justify="left", box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
+        table.collapse_padding = True
+        columns = [(title, *(row[i] for row in section.rows)) for i, title in enumerate(section.columns)]
+        long = [max(map(len, column)) > SHORT for column in columns]
+        for (title, *cells), wraps in zip(columns, long, strict=True):
+            side: Any = "right" if cells and all(map(_is_figure, cells)) else "left"
+            table.add_column(Text(title), justify=side, overflow="fold", no_wrap=any(long) and not wraps)
         for row in section.rows:
             table.add_row(*map(Text, row))
         shown += [table, *([Text(section.note)] if section.note else [])]

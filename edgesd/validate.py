@@ -87,7 +87,7 @@ class Report:
                 name: {key: round(value, 3) for key, value in figures.items()}
                 for name, figures in self.components.items()
             },
-            "picture": {key: round(value, 6) for key, value in self.picture.items()},
+            "picture": {key: round(value, 9) for key, value in self.picture.items()},
             "status": self.status,
             "target": self.target,
             "runtime": self.runtime,
@@ -106,7 +106,7 @@ class Report:
         note = f"{verdict} · {self.status} · {duration(self.seconds)}"
         if self.unmeasured:
             note += f"\nno truth recorded for: {', '.join(self.unmeasured)}"
-        shown = [Section(f"{self.target} against the float32 truth", ("what", "reached", "gate", ""), checks, note)]
+        shown = [Section(f"{self.target} against the float32 truth", ("what", "reached", "gate", "verdict"), checks, note)]
         if self.variants:
             rows = tuple(
                 (m.component, describe(m.axes), decibels(m.snr_db), decibels(m.psnr_db), duration(m.seconds.median))

@@ -70,7 +70,12 @@ class Target(Protocol):
     """What a target module offers. Vendor SDKs are imported inside the functions.
 
     name: as on the command line. extra: the pip extra that brings its SDK. modules: what must import to `open`;
-    lower_modules: what must import to `lower`. status: "executed" or "interpreted" when opened on this platform.
+    lower_modules: what must import to `lower`.
+
+    A module may also have: status, "executed" (what is assumed) or "interpreted" when opened on this platform;
+    form_status, the same by form where it differs ("unverified": meant for a runtime that is not here); form_precision,
+    a form's own precision; speed_is_meaningful() -> bool; check_plan(component, bytes, axes), which refuses what it
+    cannot hold.
     """
 
     name: str
