@@ -118,8 +118,11 @@ def package(
     size_px: Annotated[str | None, typer.Option("--size-px", help="512 or 512x768 (width x height).")] = None,
     batch2: Annotated[bool, typer.Option("--batch2", help="Also a UNet that takes both halves of guidance.")] = False,
     form: Annotated[list[str] | None, typer.Option("--form", help="Extra flavours: webgpu, gpu, split_einsum.")] = None,
-    chunks: Annotated[int, typer.Option("--chunks", min=1, max=2, help="Core ML: UNet in so many pieces.")] = 1,
-    minimum_target: Annotated[str, typer.Option("--minimum-target", help="Core ML: iOS17 or iOS18.")] = "iOS17",
+    chunks: Annotated[int, typer.Option("--chunks", min=1, max=8, help="Core ML: UNet in so many pieces.")] = 1,
+    minimum_target: Annotated[
+        str, typer.Option("--minimum-target", help="Core ML: iOS17, iOS18, macOS14, macOS15.")
+    ] = "iOS17",
+    compiled: Annotated[bool, typer.Option("--compiled", help="Core ML, on a Mac: compile with Xcode too.")] = False,
     revision: Annotated[str | None, typer.Option("--revision", help="Hub revision.")] = None,
     output: Annotated[Path, typer.Option("-o", "--output", help="Folder that receives the bundles.")] = Path("."),
     force: Annotated[
@@ -139,7 +142,7 @@ def package(
     given = {
         "source": model, "precision": precision, "vae": vae, "samplers": tuple(sampler) if sampler else None,
         "size_px": parse_size(size_px) if size_px is not None else None, "forms": tuple(form) if form else None,
-        "batch2": batch2 if batch2 else None, "chunks": chunks if chunks != 1 else None, "revision": revision,
+        "batch2": batch2 if batch2 else None, "compiled": compiled if compiled else None, "chunks": chunks if chunks != 1 else None, "revision": revision,
         "minimum_target": minimum_target if minimum_target != "iOS17" else None,
         "steps": parse_steps(steps) if steps != "1-50" else None,
     }  # fmt: skip

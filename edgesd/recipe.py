@@ -23,7 +23,8 @@ class Recipe(BaseModel):
     source: diffusers folder, hub id, or None for the embedded model. target: one name.
     precision: None = the target's default. vae: "tiny", "full" (what the checkpoint holds must match) or a VAE folder.
     samplers: names whose tables ship; steps: the range of step counts each holds.
-    size_px: (height, width), multiples of the model's downscale. batch2: also a UNet for guidance in one call.
+    size_px: (height, width), multiples of the model's downscale. batch2: also a UNet for guidance in one call. forms: a target's flavours
+    beside its own. minimum_target, compiled (by Xcode, on a Mac), chunks (UNet in so many pieces): Core ML alone.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
@@ -38,8 +39,9 @@ class Recipe(BaseModel):
     size_px: tuple[int, int] | None = None
     batch2: bool = False
     forms: tuple[str, ...] = ()
-    minimum_target: Literal["iOS17", "iOS18"] = "iOS17"
-    chunks: Annotated[int, Field(ge=1, le=2)] = 1
+    minimum_target: Literal["iOS17", "iOS18", "macOS14", "macOS15"] = "iOS17"
+    compiled: bool = False
+    chunks: Annotated[int, Field(ge=1, le=8)] = 1
     seed: Annotated[int, Field(ge=0, le=2**53 - 1)] = 0
 
     @field_validator("steps")
