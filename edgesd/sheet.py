@@ -46,7 +46,8 @@ def render(sections: Iterable[Section]) -> Group:
 
     shown: list[Any] = []
     for section in sections:
-        table = Table(title=Text(section.title), title_justify="left", box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
+        table = Table(title=Text(section.title), title_justify="left", box=box.SIMPLE_HEAD)
+        table.show_edge = table.pad_edge = False
         table.collapse_padding = True
         columns = [(title, *(row[i] for row in section.rows)) for i, title in enumerate(section.columns)]
         long = [max(map(len, column)) > SHORT for column in columns]
@@ -55,8 +56,8 @@ def render(sections: Iterable[Section]) -> Group:
             table.add_column(Text(title), justify=side, overflow="fold", no_wrap=any(long) and not wraps)
         for row in section.rows:
             table.add_row(*map(Text, row))
-        shown += [table, *([Text(section.note)] if section.note else [])]
-    return Group(*shown)
+        shown += [table, *([Text(section.note)] if section.note else []), Text("")]
+    return Group(*shown[:-1])
 
 
 def _is_figure(cell: str) -> bool:
