@@ -125,6 +125,10 @@ def dump_tables(tables: Iterable[SamplerTable]) -> bytes:
     heads = {}
     for name, group in groups.items():
         group.sort(key=lambda table: table.steps)
+        kinds, counts = {(t.prediction_type, t.order) for t in group}, {t.steps for t in group}
+        if len(kinds) > 1 or len(counts) < len(group):
+            raise RequestError(f"tables of {name} of two kinds or one step count twice", "one table per step count",
+                               "Write them to two files")  # fmt: skip
         p, q = (max(getattr(t, key).shape[1] for t in group) for key in ("input_coef", "output_coef"))
         heads[name] = {"prediction_type": group[0].prediction_type, "order": group[0].order, "inputs": p, "outputs": q}
         warm = [rows for t in group for _, rows in sorted(t.starts.items())]
@@ -140,7 +144,8 @@ def dump_tables(tables: Iterable[SamplerTable]) -> bytes:
         }
         parts |= {key: np.concatenate([getattr(t, key) for t in group]) for key in _PER_ROW}
         arrays |= {f"{name}/{key}": value for key, value in parts.items()}
-    return dump_tensors(arrays, {"format": FORMAT, "samplers": json.dumps(heads, sort_keys=True)})
+    # One metadata entry: safetensors writes several in any order, and the same tables must give the same bytes.
+    return dump_tensors(arrays, {FORMAT: json.dumps(heads, sort_keys=True)})
 
 
 _PER_ROW = ("timestep", "alpha", "sigma", "noise_coef")
@@ -192,8 +197,8 @@ def parse_tables(data: bytes) -> TableFile:
         raise _broken(f"sampler tables of more than {MAX_BYTES} bytes")
     try:
         arrays = load_tensors(data)
-        head = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")]).get("__metadata__", {})
-        heads = json.loads(head["samplers"]) if head.get("format") == FORMAT else {}
+        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+        heads = json.loads(header["__metadata__"][FORMAT])
         groups = {name: _Group(name, head, arrays) for name, head in heads.items()}
     except (SafetensorError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise _broken(f"the sampler tables do not parse ({type(error).__name__}: {str(error)[:120]})") from None

@@ -98,7 +98,6 @@ def _prepare(scheduler: Any, steps: int) -> Any:
         raise RequestError(f"{steps!r} steps", f"1 to {MAX_STEPS}", "Choose a step count in that range")
     kind, config = type(scheduler).__name__, scheduler.config
     for wrong, what, instead in (
-        (kind == "DPMSolverSDEScheduler", "draws its noise from torchsde", "dpmpp_2m_sde"),
         (config.get("clip_sample"), "clips its prediction (clip_sample)", "clip_sample false"),
         (config.get("thresholding"), "thresholds its prediction", "thresholding false"),
         (config.get("rescale_betas_zero_snr") and config.get("prediction_type", "epsilon") == "epsilon",
@@ -293,7 +292,8 @@ def _nearest(sigmas: np.ndarray, between: np.ndarray, scale: np.ndarray) -> np.n
     """Per row the sigma, of a step or between two, that its input was scaled by."""
     rows = len(scale)
     choices = np.stack([sigmas, between[:rows], np.r_[between[:1], between[: rows - 1]]])
-    return choices[np.abs(1 / np.sqrt(1 + choices**2) - scale).argmin(axis=0), np.arange(rows)]
+    off = np.abs(1 / np.sqrt(1 + choices**2) - scale)
+    return choices[np.nan_to_num(off, nan=np.inf).argmin(axis=0), np.arange(rows)]  # KDPM2 pads its levels with NaN
 
 
 def _prediction_type(scheduler: Any) -> str:

@@ -75,8 +75,10 @@ def make_scheduler(name: str, config: Mapping[str, Any]) -> Any:
         base, sigmas = _split(name)
         kind, options = SAMPLERS[base][0], {**_PLAIN, **SAMPLERS[base][1]}
         options |= {f"use_{sigmas}_sigmas": True} if sigmas else {}
+    if kind == "DPMSolverSDEScheduler":
+        raise RequestError(f"{kind} draws its noise from torchsde", "noise drawn row by row", "Use dpmpp_2m_sde")
     scheduler = getattr(diffusers, kind, None) if kind.endswith("Scheduler") else None
-    if scheduler is None:
+    if not hasattr(scheduler, "set_timesteps"):
         raise RequestError(f"scheduler {kind!r} of the checkpoint", "a scheduler of diffusers", "Pass --sampler")
     known = set(scheduler._get_init_keys(scheduler))
     if name != "default":
