@@ -6,29 +6,27 @@ configs here, once, into a `ModelSpec`; no other room guesses.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
-import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from edgesd.errors import DataError, RequestError, SetupError
-from edgesd.manifest import Defaults, LatentSpec, ModelSpec, TokenizerSpec
+from edgesd.manifest import ModelSpec
+from edgesd.models.facts import licence, read_json, read_spec, source_hash, text_encoders, tokenizer_of
+from edgesd.models.weights import SIDECAR, load_module
 
 if TYPE_CHECKING:
     import torch
 
 EMBEDDED = "shapes"
-SIDECAR = "edgesd.json"  # defaults, licence and compression record that diffusers' own configs cannot express
-SUPPORTED = "diffusers folders and hub ids of Stable Diffusion 1.x / 2.x with a UNet2DConditionModel"
-PARTS = ("text_encoder", "unet", "vae")
+SUPPORTED = "diffusers folders and hub ids of Stable Diffusion 1.x, 2.x and XL with a UNet2DConditionModel"
 _TALKATIVE = ("diffusers", "transformers", "torchao", "torch.utils._pytree", "huggingface_hub")
-TINY_VAE = "madebyollin/taesd"  # MIT; for checkpoints whose own VAE is an AutoencoderKL
+# Public tiny VAEs (MIT) for checkpoints whose own VAE is an AutoencoderKL, by the family's latents.
+TINY_VAE = {"sd": "madebyollin/taesd", "sdxl": "madebyollin/taesdxl"}
 
 
 @dataclass(frozen=True)
@@ -36,7 +34,8 @@ class Checkpoint:
     """A checkpoint on disk: its facts and where its parts lie; no weights in memory. Travels between processes.
 
     source, revision, sha256, licence: provenance for the manifest; source is an id or folder name, never a path.
-    parts: folder of text_encoder, unet, vae. tokenizers: folder per spec.tokenizers.
+    parts: folder of text_encoder, text_encoder_2, unet, vae, as far as the model has them. tokenizers: folder per
+    spec.tokenizers.
     """
 
     spec: ModelSpec
@@ -60,40 +59,54 @@ def embedded_folder() -> Path:
     return Path(str(resources.files("edgesd.models"))) / EMBEDDED
 
 
-def load(source: str | None = None, revision: str | None = None, vae: str | None = None) -> LoadedModel:
+def load(source: str | None = None, revision: str | None = None, vae: str | None = None, **changes: str) -> LoadedModel:
     """Loads a whole checkpoint: `open_checkpoint`, then every part's weights."""
-    return load_parts(open_checkpoint(source, revision, vae))
+    return load_parts(open_checkpoint(source, revision, vae, **changes))
 
 
-def open_checkpoint(source: str | None = None, revision: str | None = None, vae: str | None = None) -> Checkpoint:
+def open_checkpoint(
+    source: str | None = None,
+    revision: str | None = None,
+    vae: str | None = None,
+    *,
+    unet: str | None = None,
+    text_encoder: str | None = None,
+) -> Checkpoint:
     """Reads a checkpoint's configs and hashes its files.
 
     source: None or "shapes" for the embedded model, a diffusers folder, or a hub id.
     vae: None = the checkpoint's own, "full" = its own and it must be AutoencoderKL, "tiny" = its own if it is an
-    AutoencoderTiny, else the public tiny VAE of Stable Diffusion, or a folder that holds a VAE.
+    AutoencoderTiny, else the public tiny VAE of its family, or a folder that holds a VAE.
+    unet, text_encoder: folders that hold another one, or pipelines with one.
     Raises RequestError (not a pipeline, unsupported denoiser), DataError (parts missing), SetupError (no hub).
     """
     folder, name, commit = resolve(source, revision)
-    check(folder, name)
-    sidecar = _json(folder / SIDECAR) if (folder / SIDECAR).exists() else {}
-    parts = {"text_encoder": folder / "text_encoder", "unet": folder / "unet", "vae": _vae_folder(folder, vae)}
+    encoders = text_encoders(check(folder, name))
+    sidecar = read_json(folder / SIDECAR) if (folder / SIDECAR).exists() else {}
+    parts = {part: folder / part for part in (*encoders, "unet")}
+    swaps = {"unet": unet, "text_encoder": text_encoder}
+    parts |= {part: swapped(part, path) for part, path in swaps.items() if path is not None}
+    parts["vae"] = _vae_folder(folder, vae, "sdxl" if "text_encoder_2" in encoders else "sd")
+    _check_parts(name, parts)
+    tokenizers = {encoder: folder / tokenizer_of(encoder) for encoder in encoders}
     with quiet():
-        return Checkpoint(
-            spec=read_spec(folder, parts["vae"], name, sidecar),
-            parts=parts,
-            tokenizers=(folder / "tokenizer",),
-            source=name,
-            revision=commit,
-            sha256=source_hash(folder, parts["vae"]),
-            licence=str(sidecar.get("licence", _licence(folder))),
-        )
+        spec = read_spec(folder, parts, tokenizers, name, sidecar)
+    return Checkpoint(
+        spec=spec,
+        parts=parts,
+        tokenizers=tuple(tokenizers.values()),
+        source=name,
+        revision=commit,
+        sha256=source_hash(folder, parts.values()),
+        licence=str(sidecar.get("licence", licence(folder))),
+    )
 
 
 def load_parts(checkpoint: Checkpoint, only: Iterable[str] | None = None) -> LoadedModel:
     """The checkpoint with the weights of `only` (all parts if None). Raises DataError for missing or broken weights."""
     chosen = checkpoint.parts if only is None else {part: checkpoint.parts[part] for part in only}
     with quiet():
-        modules = {part: _load_module(folder, part) for part, folder in chosen.items()}
+        modules = {part: load_module(folder, part) for part, folder in chosen.items()}
     return LoadedModel(**{f.name: getattr(checkpoint, f.name) for f in fields(Checkpoint)}, modules=modules)
 
 
@@ -157,15 +170,15 @@ def _download(source: str, revision: str | None) -> tuple[Path, str, str]:
     return folder, source, folder.name
 
 
-def check(folder: Path, name: str) -> None:
-    """Refuses what is no Stable Diffusion pipeline, before any weight is read."""
+def check(folder: Path, name: str) -> dict:
+    """The model_index.json of a Stable Diffusion pipeline; refuses what is none, before any weight is read."""
     if not (folder / "model_index.json").exists():
         raise RequestError(
             f"{name} has no model_index.json, so it is not a diffusers pipeline",
             SUPPORTED,
             "Pass the pipeline's top folder",
         )
-    index = _json(folder / "model_index.json")
+    index = read_json(folder / "model_index.json")
     if "unet" not in index:
         denoiser = next(
             (f"{index[k][-1]} ({k})" for k in ("transformer", "prior") if isinstance(index.get(k), list)), "no UNet"
@@ -173,17 +186,17 @@ def check(folder: Path, name: str) -> None:
         raise RequestError(
             f"{name} is a {index.get('_class_name')} with {denoiser}", SUPPORTED, "Choose a model with a UNet"
         )
-    if "text_encoder_2" in index and index["text_encoder_2"] != [None, None]:
-        raise RequestError(
-            f"{name} has two text encoders (SDXL)", SUPPORTED, "Use an SD 1.x or 2.x model; SDXL is not supported yet"
-        )
-    config = _json(folder / "unet" / "config.json")
-    if config.get("_class_name") != "UNet2DConditionModel":
-        raise RequestError(
-            f"{name} has the denoiser {config.get('_class_name')}", SUPPORTED, "Choose a model with that denoiser"
-        )
-    for part in PARTS:
-        if not any((folder / part).glob("*.safetensors")):
+    if not text_encoders(index):
+        raise RequestError(f"{name} has no text encoder", SUPPORTED, "Choose a model with one")
+    return index
+
+
+def _check_parts(name: str, parts: Mapping[str, Path]) -> None:
+    declared = read_json(parts["unet"] / "config.json").get("_class_name")
+    if declared != "UNet2DConditionModel":
+        raise RequestError(f"{name} has the denoiser {declared}", SUPPORTED, "Choose a model with that denoiser")
+    for part, folder in parts.items():
+        if not any(folder.glob("*.safetensors")):
             raise DataError(
                 f"{name}/{part} has no .safetensors weights",
                 "safetensors weights for every component",
@@ -191,28 +204,20 @@ def check(folder: Path, name: str) -> None:
             )
 
 
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        loaded = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise DataError(
-            f"{path.parent.name}/{path.name} is missing", "a whole diffusers folder", "Download the model again"
-        ) from None
-    except (ValueError, UnicodeDecodeError) as error:
-        raise DataError(
-            f"{path.parent.name}/{path.name} is not JSON ({error})",
-            "a whole diffusers folder",
-            "Download the model again",
-        ) from None
-    if not isinstance(loaded, dict):
-        raise DataError(
-            f"{path.parent.name}/{path.name} holds no object", "a whole diffusers folder", "Download the model again"
-        )
-    return loaded
+def swapped(part: str, path: str) -> Path:
+    """The folder of a part that replaces the checkpoint's own: `path` itself, or `path`/part of a pipeline."""
+    folder = Path(path).expanduser()
+    for candidate in (folder / part, folder):
+        if (candidate / "config.json").is_file():
+            return candidate
+    flag = part.replace("_", "-")
+    raise RequestError(
+        f"--{flag} {path!r} has no config.json", f"a folder that holds a {part} of diffusers' layout", "Check the path"
+    )
 
 
-def _vae_folder(folder: Path, vae: str | None) -> Path:
-    own = _json(folder / "vae" / "config.json").get("_class_name")
+def _vae_folder(folder: Path, vae: str | None, family: str) -> Path:
+    own = read_json(folder / "vae" / "config.json").get("_class_name")
     if vae is None or (vae == "tiny" and own == "AutoencoderTiny") or (vae == "full" and own == "AutoencoderKL"):
         return folder / "vae"
     if vae == "full":
@@ -221,153 +226,13 @@ def _vae_folder(folder: Path, vae: str | None) -> Path:
             "a full AutoencoderKL for --vae full",
             "Pass a folder that holds one with --vae",
         )
-    chosen = resolve(TINY_VAE)[0] if vae == "tiny" else Path(vae)
-    if not (chosen / "config.json").exists():
-        raise RequestError(
-            f"--vae {vae!r} has no config.json", "tiny, full or a folder that holds a VAE", "Check the path"
-        )
+    chosen = resolve(TINY_VAE[family])[0] if vae == "tiny" else swapped("vae", vae)
     latent, want = (
-        _json(chosen / "config.json").get("latent_channels", 4),
-        _json(folder / "vae" / "config.json").get("latent_channels", 4),
+        read_json(chosen / "config.json").get("latent_channels", 4),
+        read_json(folder / "vae" / "config.json").get("latent_channels", 4),
     )
     if latent != want:
         raise RequestError(
             f"--vae {vae!r} has {latent} latent channels", f"{want}, as the UNet's", "Choose a VAE of the same family"
         )
     return chosen
-
-
-def _module_class(folder: Path, part: str) -> Any:
-    import diffusers
-    import transformers
-
-    config = _json(folder / "config.json")
-    declared = config.get("_class_name", (config.get("architectures") or ["?"])[0])
-    allowed = {
-        "unet": {"UNet2DConditionModel": diffusers},
-        "vae": {"AutoencoderKL": diffusers, "AutoencoderTiny": diffusers},
-        "text_encoder": {"CLIPTextModel": transformers, "CLIPTextModelWithProjection": transformers},
-    }[part]
-    if declared not in allowed:
-        raise RequestError(f"{part} is a {declared}", ", ".join(allowed), "Choose a model with one of these")
-    return getattr(allowed[declared], declared)
-
-
-def _load_module(folder: Path, part: str) -> torch.nn.Module:
-    """One component in float32. A missing, misshapen or cut tensor is an error, never a random initialisation."""
-    import torch
-    from safetensors import SafetensorError
-
-    fix = "Download the model again; if you made it, save it again with save_pretrained"
-    kind = _module_class(folder, part)
-    options: dict[str, Any] = {"low_cpu_mem_usage": True} if part != "text_encoder" else {}
-    try:
-        module, info = kind.from_pretrained(
-            folder,
-            torch_dtype=torch.float32,
-            use_safetensors=True,
-            local_files_only=True,
-            output_loading_info=True,
-            **options,
-        )
-    except (SafetensorError, OSError, ValueError, RuntimeError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
-        raise DataError(
-            f"{part} does not load: {reason}", "whole safetensors weights that match config.json", fix
-        ) from None
-    missing = [k for k in info.get("missing_keys", ()) if not k.endswith("position_ids")]
-    wrong = info.get("mismatched_keys") or ()
-    if missing or wrong:
-        first = sorted(str(k) for k in missing)[0] if missing else str(sorted(map(str, wrong))[0])
-        raise DataError(
-            f"{part} lacks {len(missing) + len(wrong)} tensors, the first {first}",
-            "weights that match config.json",
-            fix,
-        )
-    return module.eval().requires_grad_(False)
-
-
-def read_spec(folder: Path, vae_folder: Path, name: str, sidecar: dict[str, Any]) -> ModelSpec:
-    """The model's facts from its configs. name: the last part of the id, for file names."""
-    from edgesd.sampling.schedules import default_sampler
-
-    unet, vae = _json(folder / "unet" / "config.json"), _json(vae_folder / "config.json")
-    scheduler = _json(folder / "scheduler" / "scheduler_config.json")
-    downscale = 2 ** (len(vae.get("block_out_channels") or vae["encoder_block_out_channels"]) - 1)
-    side = unet["sample_size"]
-    height, width = (side, side) if isinstance(side, int) else side
-    defaults = sidecar.get("defaults", {})
-    prediction = {"flow_prediction": "flow"}.get(
-        scheduler.get("prediction_type", "epsilon"), scheduler.get("prediction_type", "epsilon")
-    )
-    return ModelSpec(
-        name=re.sub(r"[^A-Za-z0-9_.+-]", "-", name.split("/")[-1]).lstrip(".-+") or "model",
-        family="sd2" if unet.get("use_linear_projection") else "sd1",
-        prediction_type=prediction,
-        unet_in_channels=unet["in_channels"],
-        latent=LatentSpec(
-            channels=vae["latent_channels"],
-            downscale=downscale,
-            scaling_factor=vae.get("scaling_factor", 0.18215),
-            shift_factor=vae.get("shift_factor") if vae.get("shift_factor") is not None else 0.0,
-            rgb_factors=sidecar.get("rgb_factors"),
-            rgb_bias=sidecar.get("rgb_bias"),
-        ),
-        tokenizers=(_tokenizer_spec(folder, "tokenizer", "text_encoder"),),
-        defaults=Defaults(
-            sampler=defaults.get("sampler", default_sampler(scheduler)),
-            steps=defaults.get("steps", 20),
-            guidance=defaults.get("guidance", 7.5),
-            size_px=(height * downscale, width * downscale),
-        ),
-        guidance_embedding_dim=unet.get("time_cond_proj_dim") if unet.get("time_cond_proj_dim") is not None else 0,
-        scheduler={
-            k: v
-            for k, v in scheduler.items()
-            if isinstance(v, str | int | float | bool | list)
-            and v == v
-            and abs(v if isinstance(v, float) else 0) < 1e300
-        },
-    )
-
-
-def _tokenizer_spec(folder: Path, part: str, component: str) -> TokenizerSpec:
-    from transformers import CLIPTokenizer
-
-    try:
-        tokenizer = CLIPTokenizer.from_pretrained(folder / part, local_files_only=True)
-    except (OSError, ValueError, TypeError) as error:
-        raise DataError(
-            f"{part} does not load: {str(error).splitlines()[0][:200]}", "a CLIP tokenizer", "Download the model again"
-        ) from None
-    positions = _json(folder / component / "config.json").get("max_position_embeddings", 77)
-    return TokenizerSpec(
-        file=f"{part}/tokenizer.json",
-        component=component,  # type: ignore[arg-type]
-        max_length=min(tokenizer.model_max_length, positions),
-        bos_id=tokenizer.bos_token_id,
-        eos_id=tokenizer.eos_token_id,
-        pad_id=tokenizer.pad_token_id,
-    )
-
-
-def _licence(folder: Path) -> str:
-    """The licence named in the model card's front matter, or "unknown"."""
-    card = folder / "README.md"
-    lines = card.read_text(encoding="utf-8", errors="replace").splitlines()[:40] if card.exists() else []
-    return next(
-        (line.split(":", 1)[1].strip() for line in lines if line.lower().startswith(("license:", "licence:"))),
-        "unknown",
-    )
-
-
-def source_hash(folder: Path, vae_folder: Path) -> str:
-    """sha256 over the relative names and contents of all that `load` reads: the identity of the weights."""
-    whole = hashlib.sha256()
-    trees = [folder] if vae_folder.is_relative_to(folder) else [folder, vae_folder]
-    for tree in trees:
-        for path in sorted(p for p in tree.rglob("*") if p.suffix in (".json", ".safetensors", ".txt") and p.is_file()):
-            whole.update(path.relative_to(tree).as_posix().encode() + b"\0")
-            with path.open("rb") as stream:
-                whole.update(hashlib.file_digest(stream, "sha256").digest())
-    return whole.hexdigest()
