@@ -25,6 +25,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
+_INTERRUPTED = "interrupted; nothing half-done was left behind"
 Model = Annotated[
     str | None,
     typer.Option("-m", "--model", help="Bundle, diffusers folder or hub id; the embedded model if left out."),
@@ -249,12 +250,14 @@ def main() -> None:
     """Entry point: runs a verb and turns errors into one clear line and an exit code."""
     try:
         code = app(standalone_mode=False)
+        if code == 130:  # typer catches Ctrl-C itself and returns this
+            _fail(_INTERRUPTED, 130)
     except EdgesdError as error:
         code = _fail(str(error), error.exit_code)
     except typer.Exit as stop:
         code = stop.exit_code
     except (KeyboardInterrupt, typer.Abort):
-        code = _fail("interrupted; nothing half-done was left behind", 130)
+        code = _fail(_INTERRUPTED, 130)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 0
@@ -281,3 +284,7 @@ def _system_error(error: OSError) -> str:
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
         return f"no permission to write{where}; choose another place with -o"
     return f"{error.strerror if error.strerror else error}{where}"
+
+
+if __name__ == "__main__":
+    main()

@@ -69,7 +69,9 @@ def test_the_ground_stands_alone():
 
 @pytest.mark.parametrize("name", [n for n in MODULES if n.startswith("edgesd.targets.")])
 def test_targets_import_vendors_inside_functions_and_never_each_other(name):
-    assert not roots(imports(MODULES[name], lazy=False)) & (VENDORS | TORCH)
+    # What a target's own module loads from inside its functions may have torch at its top; a vendor's SDK never.
+    inner = name.count(".") > 2
+    assert not roots(imports(MODULES[name], lazy=False)) & (VENDORS if inner else VENDORS | TORCH)
     shared = ("edgesd.targets._",)
     own = ".".join(name.split(".")[:3])
     others = [i for i in imports(MODULES[name], lazy=True) if i in MODULES and i.startswith("edgesd.targets.")]
