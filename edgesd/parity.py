@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from edgesd.errors import DataError
+from edgesd.errors import DataError, RequestError
 from edgesd.golden import GATES, Gate, Golden
 from edgesd.manifest import Axes, Manifest, Variant
 from edgesd.runtime import image as images
@@ -198,7 +198,10 @@ def run_calls(session: Session, stored: Golden, component: str, batch: int) -> t
         raise DataError(f"the golden vectors hold no call of {component}", "calls of every component", _AGAIN)
     figures, seconds = [], []
     for call in calls:
-        got, elapsed = timed(partial(session.run, component, call.inputs))
+        try:
+            got, elapsed = timed(partial(session.run, component, call.inputs))
+        except RequestError as error:  # the bundle's own call does not fit its own component
+            raise DataError(f"the recorded calls do not fit: {error.came}", error.allowed, _AGAIN) from None
         seconds.append(elapsed)
         for name, expected in call.outputs.items():
             if name not in got:

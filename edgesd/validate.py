@@ -106,10 +106,18 @@ class Report:
         note = f"{verdict} · {self.status} · {duration(self.seconds)}"
         if self.unmeasured:
             note += f"\nno truth recorded for: {', '.join(self.unmeasured)}"
-        shown = [Section(f"{self.target} against the float32 truth", ("what", "reached", "gate", "verdict"), checks, note)]
+        shown = [
+            Section(f"{self.target} against the float32 truth", ("what", "reached", "gate", "verdict"), checks, note)
+        ]
         if self.variants:
             rows = tuple(
-                (m.component, describe(m.axes), decibels(m.snr_db), decibels(m.psnr_db), duration(m.seconds.median))
+                (
+                    m.component,
+                    describe(m.axes),
+                    decibels(m.snr_db),
+                    decibels(m.psnr_db),
+                    duration(m.seconds.median if m.status == "executed" else None),
+                )
                 for m in self.variants
             )
             shown.insert(0, Section("Variants", ("component", "variant", "SNR dB", "PSNR dB", "a call"), rows))

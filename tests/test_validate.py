@@ -10,7 +10,7 @@ import pytest
 from rich.console import Console
 
 from edgesd import bundle, golden, parity, validate
-from edgesd.errors import DataError, GateError
+from edgesd.errors import DataError, GateError, RequestError
 from edgesd.manifest import parse
 
 
@@ -117,6 +117,15 @@ def test_wrong_token_ids_and_noise_are_found(fake_target):
     assert not ids.passed
     assert not parity.check_noise(spoiled).passed
     assert parity.check_noise(stored).passed
+
+
+def test_recorded_calls_that_do_not_fit_are_broken_data(fake_target):
+    class Strict(fake_target.Session):
+        def run(self, component, inputs):
+            raise RequestError(f"{component} got a shape", "another", "Pass that")
+
+    with pytest.raises(DataError, match="do not fit: unet got a shape"):
+        parity.run_calls(Strict.__new__(Strict), fake_target.recorded(), "unet", 1)
 
 
 def test_one_ulp_of_noise_is_allowed(fake_target):
