@@ -18,7 +18,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from enum import IntEnum
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -50,20 +50,20 @@ def check_seed(seed: int) -> int:
     return seed
 
 
-def philox4x32(counter: np.ndarray, key: tuple[int, int]) -> np.ndarray:
-    """Ten rounds on counters [N,4] (values below 2^32, any integer dtype) -> [N,4] u32."""
-    c0, c1, c2, c3 = (np.ascontiguousarray(counter[:, i]).astype(np.uint64) for i in range(4))
+def philox4x32(counter: Sequence[Any], key: tuple[int, int]) -> tuple[Any, ...]:
+    """Ten rounds on four u64 words below 2^32 (arrays [N] or scalars) -> the block's four words, u64 below 2^32."""
+    c0, c1, c2, c3 = counter
     k0, k1 = key
     for _ in range(10):
         wide0, wide1 = c0 * np.uint64(0xD2511F53), c2 * np.uint64(0xCD9E8D57)
         c0, c1, c2, c3 = (
-            (wide1 >> np.uint64(32)) ^ c1 ^ np.uint64(k0),
+            (wide1 >> np.uint64(32)) ^ (c1 ^ np.uint64(k0)),
             wide1 & _U32,
-            (wide0 >> np.uint64(32)) ^ c3 ^ np.uint64(k1),
+            (wide0 >> np.uint64(32)) ^ (c3 ^ np.uint64(k1)),
             wide0 & _U32,
         )
         k0, k1 = (k0 + 0x9E3779B9) & 0xFFFFFFFF, (k1 + 0xBB67AE85) & 0xFFFFFFFF
-    return np.stack([c0, c1, c2, c3], axis=1).astype(np.uint32)
+    return c0, c1, c2, c3
 
 
 class Philox:
@@ -75,14 +75,15 @@ class Philox:
     def normal(self, shape: Sequence[int], image: int, row: int, purpose: Purpose) -> np.ndarray:
         """[shape] f32. image and row: 0 .. 2^32-1."""
         count = math.prod(shape)
-        counter = np.empty((-(-count // 4), 4), np.uint64)
-        counter[:, 0] = np.arange(len(counter))
-        counter[:, 1:] = image, row, int(purpose)
-        words = philox4x32(counter, (self.seed & 0xFFFFFFFF, self.seed >> 32)).astype(np.float64)
-        radius = np.sqrt(-2.0 * np.log((words[:, 0::2] + 1.0) * 2.0**-32))
-        angle = (2.0 * math.pi * 2.0**-32) * words[:, 1::2]
-        pairs = np.stack([radius * np.cos(angle), radius * np.sin(angle)], axis=2)
-        return pairs.reshape(-1)[:count].astype(np.float32).reshape(tuple(shape))
+        blocks = np.arange(-(-count // 4), dtype=np.uint64)
+        rest = [np.uint64(n) for n in (image, row, int(purpose))]
+        words = philox4x32((blocks, *rest), (self.seed & 0xFFFFFFFF, self.seed >> 32))
+        out = np.empty((len(blocks), 4), np.float32)
+        for pair in (0, 2):
+            radius = np.sqrt(-2.0 * np.log((words[pair] + 1.0) * 2.0**-32))
+            angle = (2.0 * math.pi * 2.0**-32) * words[pair + 1]
+            out[:, pair], out[:, pair + 1] = radius * np.cos(angle), radius * np.sin(angle)
+        return out.reshape(-1)[:count].reshape(tuple(shape))
 
 
 class TorchNoise:
