@@ -84,7 +84,7 @@ def generate(
 def evaluate(
     model: Model = None,
     against: Annotated[str | None, typer.Option("--against", help="Compare with this model or bundle.")] = None,
-    prompts: Annotated[int, typer.Option("--prompts", min=1, max=100_000, help="Held-out captions.")] = 128,
+    prompts: Annotated[int, typer.Option("--prompts", min=1, max=10_000, help="Held-out captions.")] = 128,
     seed: Annotated[int, typer.Option("--seed", min=0, help="Which captions and noise.")] = 0,
     steps: Annotated[int | None, typer.Option("--steps")] = 20,
     sampler: Annotated[str | None, typer.Option("--sampler")] = "dpmpp_2m_karras",

@@ -125,7 +125,7 @@ def _repeat(pipeline: Pipeline, request: Request, repeated: dict[str, Any]) -> S
             "the same model and target, so that it repeats to the pixel",
             "Pass that bundle or model with -m, or give the settings as flags",
         )
-    changed = {"prompt": request.prompt, "seed": request.seed}
+    changed: dict[str, Any] = {"prompt": request.prompt, "seed": request.seed}
     return replace(settings, **{key: value for key, value in changed.items() if value is not None})
 
 

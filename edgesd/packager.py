@@ -189,7 +189,8 @@ class _Workers:
 
     def __init__(self, plan: BuildPlan) -> None:
         self.peak_bytes = 0
-        self._target, self._stages, self._shared = plan.recipe.target, Stages(limit_bytes=CACHE_BYTES), None
+        self._target, self._stages = plan.recipe.target, Stages(limit_bytes=CACHE_BYTES)
+        self._shared: Child | None = None
 
     def __enter__(self) -> _Workers:
         return self
