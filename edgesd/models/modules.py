@@ -19,8 +19,9 @@ from edgesd.models.plain import Layer, attention, plain, share
 
 # Far below any attention score, yet a float16 sum with one stays finite (a float16 holds down to -65504).
 MASKED = -30000.0
-# Inputs that a half-precision module still takes in float32: float16 holds no timestep above 2048 exactly.
-FLOAT32_INPUTS = ("timestep", "time_ids")
+# Inputs that a half-precision module takes in float32: float16 holds no timestep above 2048 exactly, and diffusers
+# joins text_embeds to the float32 sinusoids of time_ids before it casts both.
+FLOAT32_INPUTS = ("timestep", "time_ids", "text_embeds")
 # Which of a checkpoint's modules a component is made from.
 PARTS = {
     "text_encoder": "text_encoder",
@@ -47,13 +48,12 @@ class Component:
     example: tuple[torch.Tensor, ...]
 
 
-def build(name: str, modules: Mapping[str, nn.Module], spec: ModelSpec, axes: Axes, *, clip_skip: int = 0) -> Component:
+def build(name: str, modules: Mapping[str, nn.Module], spec: ModelSpec, axes: Axes) -> Component:
     """The component `name` at the static shapes of `axes`, in float32; its module shares the weights of `modules`.
 
     name: text_encoder, text_encoder_2, unet, vae_decoder or vae_encoder; names and shapes of its tensors as in
-    `edgesd.runtime.session`. axes: size_px and batch (UNet rows) are used. clip_skip: text layers left out at the end,
-    counted as diffusers' `clip_skip`. Raises RequestError: no such component, a size off the latent grid, conditioning
-    edgesd does not know.
+    `edgesd.runtime.session`. axes: size_px and batch (UNet rows) are used. Raises RequestError: no such component, a
+    size off the latent grid, conditioning edgesd does not know.
     """
     if PARTS.get(name) not in modules:
         have = [key for key, part in PARTS.items() if part in modules]
@@ -69,7 +69,7 @@ def build(name: str, modules: Mapping[str, nn.Module], spec: ModelSpec, axes: Ax
     elif name.startswith("vae"):
         module, inputs, outputs = _vae(name, part, spec, axes)
     else:
-        module, inputs, outputs = _text_encoder(name, part, spec, clip_skip)
+        module, inputs, outputs = _text_encoder(name, part, spec)
     return Component(cast(Role, name), module.eval(), inputs, outputs, _example(inputs, spec, axes))
 
 
@@ -197,20 +197,20 @@ class _Half(nn.Module):
         return made.float() if isinstance(made, torch.Tensor) else tuple(x.float() for x in made)
 
 
-def _text_encoder(name: str, model: Layer, spec: ModelSpec, clip_skip: int) -> tuple[nn.Module, Tensors, Tensors]:
+def _text_encoder(name: str, model: Layer, spec: ModelSpec) -> tuple[nn.Module, Tensors, Tensors]:
     tokenizer = next((t for t in spec.tokenizers if t.component == name), None)
     if tokenizer is None:
         raise RequestError(f"{name} without a tokenizer", "one tokenizer per text encoder", "Use a whole pipeline")
     shared, sdxl = share(model), spec.family.startswith("sdxl")
     core: Layer = getattr(shared, "text_model", shared)
     most = len(core.encoder.layers) - 1 - sdxl
-    if not 0 <= clip_skip <= most:
-        raise RequestError(f"clip_skip {clip_skip}", f"0 to {most}", "Skip fewer layers")
+    if spec.clip_skip > most:
+        raise RequestError(f"clip_skip {spec.clip_skip}", f"0 to {most}", "Skip fewer layers")
     projection = shared.text_projection if name == "text_encoder_2" else None
     module = TextEncoder(
         core,
         tokenizer.max_length,
-        clip_skip + sdxl,
+        spec.clip_skip + sdxl,
         normed=not sdxl,
         projection=projection,
         eos_id=model.config.eos_token_id,

@@ -40,7 +40,7 @@ def plain(module: Layer) -> Layer:
     parents: list[Layer] = list(shared.modules())
     for parent in parents:
         if hasattr(parent, "to_q") and hasattr(parent, "set_processor"):
-            parent.processor = attend
+            parent.processor = PlainAttention()
         for name, child in list(parent.named_children()):
             if (make := _PLAIN.get(type(child).__name__)) is not None:
                 setattr(parent, name, make(child))
@@ -57,32 +57,36 @@ def instance_norms(module: nn.Module) -> nn.Module:
     return shared.eval()
 
 
-def attend(
-    attn: Layer,
-    hidden_states: torch.Tensor,
-    encoder_hidden_states: torch.Tensor | None = None,
-    attention_mask: torch.Tensor | None = None,
-    temb: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """Attention of a diffusers `Attention` as two matrix products and a softmax; no tensor above 4 dimensions.
+class PlainAttention:
+    """A diffusers attention processor of two matrix products and a softmax; no tensor above 4 dimensions.
 
-    hidden_states: [B,S,C] tokens or a [B,C,H,W] picture (VAE). Equals diffusers' `AttnProcessor` without a mask.
+    Equals diffusers' `AttnProcessor` without a mask. diffusers reads its options off this signature.
     """
-    if attention_mask is not None:
-        raise RequestError("an attention mask", "no mask", "Call the component without one")
-    states = hidden_states
-    if hidden_states.ndim == 4:
-        states = states.flatten(2).transpose(1, 2)
-    if attn.group_norm is not None:
-        states = attn.group_norm(states.transpose(1, 2)).transpose(1, 2)
-    context = states if encoder_hidden_states is None else encoder_hidden_states
-    mixed = attention(attn.to_q(states), attn.to_k(context), attn.to_v(context), attn.heads, attn.scale)
-    states = attn.to_out[0](mixed)
-    if hidden_states.ndim == 4:
-        states = states.transpose(1, 2).reshape(hidden_states.shape)
-    if attn.residual_connection:
-        states = states + hidden_states
-    return states if attn.rescale_output_factor == 1 else states / attn.rescale_output_factor
+
+    def __call__(
+        self,
+        attn: Layer,
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        temb: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """hidden_states: [B,S,C] tokens or a [B,C,H,W] picture (VAE)."""
+        if attention_mask is not None:
+            raise RequestError("an attention mask", "no mask", "Call the component without one")
+        states = hidden_states
+        if hidden_states.ndim == 4:
+            states = states.flatten(2).transpose(1, 2)
+        if attn.group_norm is not None:
+            states = attn.group_norm(states.transpose(1, 2)).transpose(1, 2)
+        context = states if encoder_hidden_states is None else encoder_hidden_states
+        mixed = attention(attn.to_q(states), attn.to_k(context), attn.to_v(context), attn.heads, attn.scale)
+        states = attn.to_out[0](mixed)
+        if hidden_states.ndim == 4:
+            states = states.transpose(1, 2).reshape(hidden_states.shape)
+        if attn.residual_connection:
+            states = states + hidden_states
+        return states if attn.rescale_output_factor == 1 else states / attn.rescale_output_factor
 
 
 def attention(

@@ -74,12 +74,28 @@ def test_float16_stays_inside_float32_borders(embedded, target):
     assert {types[name] for name in waves.values()} == {onnx.TensorProto.FLOAT}
 
 
+def test_sdxl_in_float16_joins_its_pooled_text_and_time(target, tmp_path):
+    axes = Axes(size_px=tiny.SIZE_PX, precision="fp16")
+    manifest, components = tiny.lower_all(target, tmp_path, tiny.modules("sdxl"), tiny.spec("sdxl"), axes, ("unet",))
+    inputs, truth = tiny.real_calls(components)["unet"]
+    got = target.open(tmp_path, manifest).run("unet", inputs)
+    assert tiny.snr_db(truth["model_output"], got["model_output"]) > 45
+
+
 def test_operations_are_counted_as_the_runtime_runs_them(small, target):
     folder, manifest, components = small
     counts = target.count_operations(folder / manifest.component("vae_decoder").variants[0].files[0]).counts
     convolutions = sum(type(layer).__name__ == "Conv2d" for layer in components["vae_decoder"].module.modules())
     assert sum(n for (kind, _), n in counts.items() if kind in ("Conv", "FusedConv")) == convolutions
     assert {precision for _, precision in counts} == {"float32"}
+
+
+def test_group_norms_become_kernels_that_browsers_have(embedded):
+    _, folder, manifest, components = embedded
+    graph = onnx.load(folder / manifest.component("unet").variants[0].files[0], load_external_data=False).graph
+    norms = sum(type(layer).__name__ == "GroupNorm" for layer in components["unet"].module.modules())
+    kinds = [node.op_type for node in graph.node]
+    assert (kinds.count("InstanceNormalization"), kinds.count("GroupNormalization")) == (norms, 0)
 
 
 def test_lowering_twice_gives_the_same_bytes(small, target, tmp_path):
