@@ -128,12 +128,14 @@ class TokenizerSpec(Frozen):
     """One tokenizer.json and how a prompt is laid out for its text encoder.
 
     max_length: tokens per call, start and end token included. pad_id fills the rest (SD 1.x: the end token;
-    the second SDXL encoder: 0). component: the text encoder that takes its ids.
+    the second SDXL encoder: 0). component: the text encoder that takes its ids. chunks: calls of a prompt, each of
+    max_length; the UNet attends to their states end to end.
     """
 
     file: RelPath
     component: Role
     max_length: Annotated[int, Field(ge=3, le=4096)]
+    chunks: Annotated[int, Field(ge=1, le=16)] = 1
     bos_id: Count
     eos_id: Count
     pad_id: Count
@@ -170,6 +172,8 @@ class ModelSpec(Frozen):
 
     family: sd1, sd2, sdxl, sdxl_refiner. unet_in_channels 9 = inpainting by concatenation.
     scheduler: the checkpoint's own diffusers config, for provenance and for compiling further tables.
+    clip_skip: text layers left out at the end, already left out of the components. zero_empty_negative: an empty
+    negative prompt is zeros in place of an encoding (SDXL).
     """
 
     name: Name
@@ -182,6 +186,7 @@ class ModelSpec(Frozen):
     zero_empty_negative: bool = False
     guidance_embedding_dim: Annotated[int, Field(ge=0, le=65536)] = 0
     time_ids: bool = False
+    clip_skip: Annotated[int, Field(ge=0, le=64)] = 0
     scheduler: dict[str, Any] = {}
 
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from edgesd.errors import RequestError
+from edgesd.manifest import ModelSpec
 from edgesd.runtime.session import Arrays
 
 if TYPE_CHECKING:
@@ -32,6 +35,7 @@ class TorchSession:
         self._dtype, self._device = getattr(torch, dtype), device
         with quiet():
             self._modules = {k: m.to(device, self._dtype) for k, m in model.modules.items()}
+        self._forward = forward(model.spec)
         # Convolutions run in oneDNN's own layout; channels-last spares the reorders between them.
         self._modules["unet"].to(memory_format=torch.channels_last)
 
@@ -57,7 +61,7 @@ class TorchSession:
         with torch.inference_mode():
             tensors = {k: self._tensor(v) for k, v in inputs.items()}
             try:
-                outputs = _CALLS[component](self._modules, tensors)
+                outputs = self._forward[component](self._modules, tensors)
             except KeyError as error:
                 raise RequestError(
                     f"{component} was called without {error}", "the inputs its docstring names", "Pass it"
@@ -72,14 +76,22 @@ class TorchSession:
 
     def _require(self, component: str) -> None:
         if not self.has(component):
-            raise RequestError(f"component {component!r}", ", ".join(_CALLS), "Choose one of these")
+            raise RequestError(f"component {component!r}", ", ".join(FORWARD), "Choose one of these")
 
 
 Tensors = dict[str, "torch.Tensor"]
 
 
-def _text_encoder(modules: dict, x: Tensors) -> Tensors:
-    return {"encoder_hidden_states": modules["text_encoder"](x["input_ids"]).last_hidden_state}
+def _text_encoder(part: str, skipped: int, normed: bool, modules: dict, x: Tensors) -> Tensors:
+    """States after all layers but the last `skipped`, with the final norm or without; the pooled text if there is."""
+    model = modules[part]
+    made = model(x["input_ids"], output_hidden_states=skipped > 0 or not normed)
+    states = made.last_hidden_state
+    if skipped > 0 or not normed:
+        states = made.hidden_states[-1 - skipped]
+        states = getattr(model, "text_model", model).final_layer_norm(states) if normed else states
+    pooled = getattr(made, "text_embeds", None)
+    return {"encoder_hidden_states": states} | ({} if pooled is None else {"text_embeds": pooled})
 
 
 def _unet(modules: dict, x: Tensors) -> Tensors:
@@ -105,4 +117,15 @@ def _vae_encoder(modules: dict, x: Tensors) -> Tensors:
     return {"mean": encoded.latent_dist.mean, "std": encoded.latent_dist.std}
 
 
-_CALLS = {"text_encoder": _text_encoder, "unet": _unet, "vae_decoder": _vae_decoder, "vae_encoder": _vae_encoder}
+def forward(spec: ModelSpec | None = None) -> dict[str, Callable[[dict, Tensors], Tensors]]:
+    """What each component computes, from modules by part name and tensors by input name.
+
+    SDXL's UNet attends to the penultimate layer without the final norm, SD's to the last with it; `clip_skip` counts
+    from there, as in diffusers. spec: None stands for SD 1.x as it is.
+    """
+    sdxl, skip = (spec.family.startswith("sdxl"), spec.clip_skip) if spec is not None else (False, 0)
+    text = {part: partial(_text_encoder, part, skip + sdxl, not sdxl) for part in ("text_encoder", "text_encoder_2")}
+    return text | {"unet": _unet, "vae_decoder": _vae_decoder, "vae_encoder": _vae_encoder}
+
+
+FORWARD = forward()

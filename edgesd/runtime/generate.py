@@ -15,14 +15,17 @@ import numpy as np
 from edgesd.errors import RequestError
 from edgesd.runtime import image as images
 from edgesd.runtime import loop, state
-from edgesd.runtime.cache import PromptCache, prompt_key
-from edgesd.runtime.canvas import BatchNoise, Canvas, Start, latent_shape
+from edgesd.runtime.cache import PromptCache
+from edgesd.runtime.canvas import BatchNoise, Canvas, Start, blank, concatenates, latent_shape
 from edgesd.runtime.noise import Purpose
 from edgesd.runtime.pipeline import Pipeline
-from edgesd.runtime.plan import RunPlan, combine, make_plan
+from edgesd.runtime.plan import combine, make_plan
 from edgesd.runtime.settings import MAX_IMAGES, Settings, check, resolve
 from edgesd.runtime.table import SamplerTable
-from edgesd.runtime.tokenizer import apply_weights
+from edgesd.runtime.text import Conditions, conditions
+
+TIMESTEPS = 1000  # the noise range of every Stable Diffusion
+REFINER_START = 0.8  # what SDXL's authors trained its refiner for: the last fifth of the noise range
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,6 +54,7 @@ def generate(
     mask: np.ndarray | None = None,
     callback_on_step_end: Callable[[Pipeline, int, float, dict[str, Any]], Any] | None = None,
     cache: PromptCache | None = None,
+    refiner: Pipeline | None = None,
     **settings: Any,
 ) -> list[Picture]:
     """Draws `num_images` pictures of a prompt, as diffusers' pipelines are called.
@@ -58,7 +62,10 @@ def generate(
     settings: fields of `Settings` (negative_prompt, num_inference_steps, guidance_scale, seed, sampler, …); what is
     left out comes from the model. The text is encoded once. callback_on_step_end(pipeline, row, timestep,
     {"latents", "denoised", "step"}) is called after every step; returning False stops the run with what is there.
+    refiner: SDXL's second model, which draws on from `refiner_start` (0.8 where it is not said).
     """
+    if refiner is not None:
+        settings = {"refiner_start": REFINER_START} | settings
     chosen = resolve(pipeline.spec, prompt, **settings)
     if not 1 <= num_images <= MAX_IMAGES:
         raise RequestError(f"{num_images} pictures", f"1 to {MAX_IMAGES}", "Change the count")
@@ -67,7 +74,7 @@ def generate(
     pictures = []
     for index in range(num_images):
         one = replace(chosen, index=chosen.index + index)
-        run = sample(pipeline, one, start, cache)
+        run = sample(pipeline, one, start, cache, refiner)
         for event in run:
             if isinstance(event, Picture):
                 pictures.append(event)
@@ -79,10 +86,14 @@ def generate(
 
 
 def sample(
-    pipeline: Pipeline, settings: Settings, start: Start | None = None, cache: PromptCache | None = None
+    pipeline: Pipeline,
+    settings: Settings,
+    start: Start | None = None,
+    cache: PromptCache | None = None,
+    refiner: Pipeline | None = None,
 ) -> Iterator[loop.Step | Picture]:
     """Yields a `loop.Step` per row, then the `Picture`. Closing the generator cancels."""
-    for event in sample_batch(pipeline, [settings], start, cache):
+    for event in sample_batch(pipeline, [settings], start, cache, refiner):
         if isinstance(event, list):
             yield event[0]
         else:
@@ -90,7 +101,11 @@ def sample(
 
 
 def sample_batch(
-    pipeline: Pipeline, several: Sequence[Settings], start: Start | None = None, cache: PromptCache | None = None
+    pipeline: Pipeline,
+    several: Sequence[Settings],
+    start: Start | None = None,
+    cache: PromptCache | None = None,
+    refiner: Pipeline | None = None,
 ) -> Iterator[loop.Step | list[Picture]]:
     """Several pictures in step: they may differ in prompt, negative prompt, seed and index alone.
 
@@ -98,39 +113,61 @@ def sample_batch(
     the rounding of the runtime.
     """
     first = check(several[0])
+    if (refiner is None) != (first.refiner_start is None):
+        raise RequestError("half a refiner", "a second model together with refiner_start", "Pass both or neither")
     cache = PromptCache() if cache is None else cache
     table = pipeline.table(first.sampler, first.num_inference_steps)
     at = table.start_row(first.strength) if start is not None else 0
-    embeds = pipeline.spec.guidance_embedding_dim > 0
-    guidance = first.guidance_scale if first.guidance_scale > 1 and not embeds else 1.0
-    plan = make_plan(
-        first.guidance_schedule, table.rows, guidance, until=first.guidance_until, rescale=first.guidance_rescale,
-        early_stop=first.early_stop,
-    )  # fmt: skip
-    text, truncated = _encode_all(pipeline, several, plan, cache)
+    start = blank(pipeline.spec) if start is None and concatenates(pipeline.spec) else start
     noise = BatchNoise(pipeline.spec, several, latent_shape(pipeline, start))
-    canvas = None if start is None else Canvas.make(pipeline, table, start, noise)
-    denoiser = _Denoiser(pipeline, table, plan, text, canvas, first.guidance_scale if embeds else None)
+    canvas = None if start is None else Canvas.make(pipeline, table, start, noise, at)
+    stage = _Stage(pipeline, table, several, noise, cache, canvas)
     latents = state.init_latents(table, noise(0, Purpose.START)) if canvas is None else canvas.begin(at)
-    adjust = None if canvas is None else canvas.adjust
-    step: loop.Step | None = None
-    before: np.ndarray | None = None
-    for step in loop.run(table, denoiser, latents, lambda row: noise(row, Purpose.STEP), at, adjust=adjust):
-        yield step
-        if plan.early_stop is not None and not step.last:
-            x0 = step.denoised
-            if before is not None and plan.settled(before, x0):
-                break
-            before = x0
+    end = table.rows if refiner is None else handover_row(table, first)
+    yield from stage.run(latents, at, end)
+    calls, steps_run = stage.calls, stage.rows_run
+    if refiner is not None and stage.last is not None:
+        other = refiner.table(first.sampler, first.num_inference_steps)
+        enter, latents = _handover(stage.last, other)
+        second = _Stage(refiner, other, several, noise, cache, None)
+        yield from second.run(latents, enter, other.rows)
+        stage, calls, steps_run = second, calls + second.calls, steps_run + second.rows_run
+    step = stage.last
     if step is None:
         raise RequestError("a run without steps", "at least one", "Raise the steps or the strength")
     final = step.latents if step.last else step.denoised
-    notes = () if step.last else (f"stopped early after row {step.row + 1} of {table.rows}",)
-    calls = denoiser.calls // len(several)
+    notes = () if step.last else (f"stopped early after row {step.row + 1} of {step.table.rows}",)
+    calls //= len(several)
+    decoder = pipeline if refiner is None else refiner
     yield [
-        Picture(decode(pipeline, final[i : i + 1]), final[i : i + 1], s, calls, step.row + 1 - at, cut, notes)
-        for i, (s, cut) in enumerate(zip(several, truncated, strict=True))
+        Picture(decode(decoder, final[i : i + 1]), final[i : i + 1], s, calls, steps_run, cut, notes)
+        for i, (s, cut) in enumerate(zip(several, stage.truncated, strict=True))
     ]
+
+
+def handover_row(table: SamplerTable, settings: Settings) -> int:
+    """The first row a refiner takes: the one below its share of the noise range, as diffusers' denoising_end counts.
+
+    Raises RequestError where no row is left for one of the two models.
+    """
+    cutoff = round(TIMESTEPS - (settings.refiner_start or 0.0) * TIMESTEPS)
+    row = int((table.timestep >= cutoff).sum())
+    if not 0 < row < table.rows:
+        came = f"a refiner from {settings.refiner_start} on with {settings.num_inference_steps} steps"
+        raise RequestError(came, "at least one step for each model", "Raise --steps or change --refiner-start")
+    return -(-row // table.order) * table.order
+
+
+def _handover(step: loop.Step, table: SamplerTable) -> tuple[int, np.ndarray]:
+    """(row, the UNet's input there) for a second model that goes on after `step`, along its own noise levels."""
+    row = step.row + 1
+    same = step.table.rows == table.rows and np.allclose(
+        [step.table.alpha[row], step.table.sigma[row]], [table.alpha[row], table.sigma[row]], rtol=1e-5
+    )
+    if same:
+        return row, step.latents
+    entered = state.bridge(step.table, step.row, step.sample, step.model_output, table)
+    return entered.row, entered.inputs[0]
 
 
 def decode(pipeline: Pipeline, latents: np.ndarray) -> np.ndarray:
@@ -140,64 +177,68 @@ def decode(pipeline: Pipeline, latents: np.ndarray) -> np.ndarray:
     return images.to_uint8(pipeline.session.run("vae_decoder", {"latents": scaled})["image"])
 
 
-def encode_prompt(pipeline: Pipeline, prompt: str, cache: PromptCache) -> tuple[np.ndarray, str]:
-    """(text states [1,L,D] f32 with the prompt's weights applied, the text that did not fit)."""
-    tokenizer = pipeline.tokenizers[0]
-    tokens = tokenizer.encode(prompt)
-    component = tokenizer.spec.component
+class _Stage:
+    """One model's share of a run: its table, its plan, and its UNet with all that it is told.
 
-    def compute() -> np.ndarray:
-        return pipeline.session.run(component, {"input_ids": tokens.ids})["encoder_hidden_states"]
-
-    hidden = cache.get(prompt_key(pipeline.identity, component, prompt), compute)
-    return (apply_weights(hidden, tokens.weights) if tokens.weighted else hidden), tokens.truncated
-
-
-@dataclass(frozen=True, eq=False)
-class _Text:
-    """Text states of a batch, [B,L,D] each; uncond is None where no row needs it."""
-
-    cond: np.ndarray
-    uncond: np.ndarray | None
-
-
-def _encode_all(
-    pipeline: Pipeline, several: Sequence[Settings], plan: RunPlan, cache: PromptCache
-) -> tuple[_Text, list[str]]:
-    encoded = [encode_prompt(pipeline, s.prompt, cache) for s in several]
-    uncond = None
-    if any(plan.uncond):
-        uncond = np.concatenate([encode_prompt(pipeline, s.negative_prompt, cache)[0] for s in several])
-    return _Text(np.concatenate([states for states, _ in encoded]), uncond), [cut for _, cut in encoded]
-
-
-class _Denoiser:
-    """What the loop calls: guidance over one or two halves, split into calls of the size that the session takes."""
+    After `run`: last, the step it ended with; calls, UNet rows computed; rows_run; truncated, by picture.
+    """
 
     def __init__(
         self,
         pipeline: Pipeline,
         table: SamplerTable,
-        plan: RunPlan,
-        text: _Text,
+        several: Sequence[Settings],
+        noise: BatchNoise,
+        cache: PromptCache,
         canvas: Canvas | None,
-        embedded: float | None,
     ) -> None:
-        self._session, self._table, self._plan, self._text = pipeline.session, table, plan, text
-        self._extra = None if canvas is None else canvas.channels(pipeline.spec)
-        self._embedded, self._embedding_dim = embedded, pipeline.spec.guidance_embedding_dim
-        self.calls = 0
+        first, embeds = several[0], pipeline.spec.guidance_embedding_dim > 0
+        guidance = first.guidance_scale if first.guidance_scale > 1 and not embeds else 1.0
+        self._plan = make_plan(
+            first.guidance_schedule, table.rows, guidance, until=first.guidance_until, rescale=first.guidance_rescale,
+            early_stop=first.early_stop,
+        )  # fmt: skip
+        scale = pipeline.spec.latent.downscale
+        size_px = (noise.shape[1] * scale, noise.shape[2] * scale)
+        self._cond, self.truncated = conditions(pipeline, several, size_px, cache, negative=False)
+        self._uncond: Conditions | None = None
+        if any(self._plan.uncond):
+            self._uncond, _ = conditions(pipeline, several, size_px, cache, negative=True)
+        self._session, self._table, self._noise = pipeline.session, table, noise
+        self._canvas = canvas
+        self._extra = None if canvas is None else canvas.channels()
+        self.calls, self.rows_run = 0, 0
+        self.last: loop.Step | None = None
 
-    def __call__(self, sample: np.ndarray, row: int) -> np.ndarray:
-        if not self._plan.uncond[row] or self._text.uncond is None:
-            return self._predict(sample, row, self._text.cond)
-        both = self._predict(
-            np.concatenate([sample, sample]), row, np.concatenate([self._text.uncond, self._text.cond])
+    def run(self, latents: np.ndarray, at: int, end: int) -> Iterator[loop.Step]:
+        """Rows at .. end-1 (fewer with early stop); latents: the UNet's input at row `at`."""
+        adjust = None if self._canvas is None else self._canvas.adjust
+        before: np.ndarray | None = None
+        steps = loop.run(
+            self._table, self._denoise, latents, lambda row: self._noise(row, Purpose.STEP), at, adjust=adjust
         )
+        for step in steps:
+            self.last, self.rows_run = step, self.rows_run + 1
+            yield step
+            if step.row + 1 == end:
+                return
+            if self._plan.early_stop is not None:
+                x0 = step.denoised
+                if before is not None and self._plan.settled(before, x0):
+                    return
+                before = x0
+
+    def _denoise(self, sample: np.ndarray, row: int) -> np.ndarray:
+        """Guidance over one or two halves."""
+        if not self._plan.uncond[row] or self._uncond is None:
+            return self._predict(sample, row, self._cond)
+        told = {name: np.concatenate([self._uncond[name], value]) for name, value in self._cond.items()}
+        both = self._predict(np.concatenate([sample, sample]), row, told)
         uncond, cond = both[: len(sample)], both[len(sample) :]
         return combine(uncond, cond, self._plan.guidance[row], self._plan.rescale)
 
-    def _predict(self, sample: np.ndarray, row: int, states: np.ndarray) -> np.ndarray:
+    def _predict(self, sample: np.ndarray, row: int, told: Conditions) -> np.ndarray:
+        """The UNet on any number of rows, in calls of the size that the session takes."""
         if self._extra is not None:
             sample = np.concatenate([sample, np.repeat(self._extra, len(sample) // len(self._extra), axis=0)], axis=1)
         self.calls += len(sample)
@@ -206,22 +247,9 @@ class _Denoiser:
         while done < len(sample):
             left = len(sample) - done
             size = left if sizes is None else max(n for n in sizes if n <= left)
-            inputs: dict[str, np.ndarray] = {
-                "sample": sample[done : done + size],
-                "timestep": self._table.timestep[row : row + 1],
-                "encoder_hidden_states": states[done : done + size],
-            }
-            if self._embedded is not None:
-                inputs["timestep_cond"] = guidance_embedding(self._embedded, self._embedding_dim, size)
+            part = slice(done, done + size)
+            inputs = {name: value[part] for name, value in told.items()}
+            inputs |= {"sample": sample[part], "timestep": self._table.timestep[row : row + 1]}
             outputs.append(self._session.run("unet", inputs)["model_output"])
             done += size
         return outputs[0] if len(outputs) == 1 else np.concatenate(outputs)
-
-
-def guidance_embedding(guidance: float, dim: int, rows: int) -> np.ndarray:
-    """Sinusoids of guidance - 1 for consistency models, [rows, dim] f32 (diffusers' get_guidance_scale_embedding)."""
-    half = dim // 2
-    frequencies = np.exp(np.arange(half, dtype=np.float32) * np.float32(-np.log(10000.0) / (half - 1)))
-    angles = np.float32((guidance - 1) * 1000.0) * frequencies
-    wave = np.concatenate([np.sin(angles), np.cos(angles), np.zeros(dim % 2, np.float32)])
-    return np.repeat(wave[None].astype(np.float32), rows, axis=0)

@@ -12,6 +12,8 @@ from edgesd.runtime.plan import SCHEDULES
 
 MAX_IMAGES = 1000
 MAX_GUIDANCE = 100.0
+MAX_SIZE = 1 << 16
+_PAIRS = ("original_size", "crops_coords_top_left", "target_size")
 
 
 @dataclass(frozen=True)
@@ -21,6 +23,9 @@ class Settings:
     index: which picture of its seed this is (it keys the noise). strength: above 0 to 1, the share of the run that a
     start image goes through; 1.0 without one. guidance_scale: 1 and below mean none, as in diffusers. guidance_until:
     share of the run with guidance. early_stop: relative change of x0 below which the run ends, None = never.
+    original_size, target_size (height, width; None = the picture's), crops_coords_top_left (top, left): what SDXL is
+    told of its picture, in px; aesthetic_score, negative_aesthetic_score: what its refiner is told. refiner_start:
+    share of the noise range after which a refiner takes over (diffusers' denoising_end), None = no refiner.
     """
 
     prompt: str
@@ -36,6 +41,12 @@ class Settings:
     early_stop: float | None = None
     strength: float = 1.0
     rng: str = "philox"
+    original_size: tuple[int, int] | None = None
+    crops_coords_top_left: tuple[int, int] = (0, 0)
+    target_size: tuple[int, int] | None = None
+    aesthetic_score: float = 6.0
+    negative_aesthetic_score: float = 2.5
+    refiner_start: float | None = None
 
     @classmethod
     def from_json(cls, data: Any) -> Settings:
@@ -48,14 +59,19 @@ class Settings:
                 good = good and isinstance(value, int | float) and not isinstance(value, bool)
             elif isinstance(default, int | str):
                 good = good and type(value) is type(default)
+            elif key in _PAIRS:
+                good = good and (_is_pair(value) or (value is None and default is None))
+            elif default is None:  # numbers that may be left open
+                good = good and (value is None or (isinstance(value, int | float) and not isinstance(value, bool)))
         if not good:
             raise DataError("the picture's settings do not parse", "what edgesd writes", "Give the settings as flags")
-        return cls(**data)
+        pairs = {name: tuple(data[name]) for name in _PAIRS if data.get(name) is not None}
+        return cls(**{**data, **pairs})
 
 
 def resolve(spec: ModelSpec, prompt: str, **given: Any) -> Settings:
     """Settings with the model's defaults where `given` holds None. Raises RequestError for what cannot be drawn."""
-    defaults = {
+    defaults: dict[str, Any] = {
         "num_inference_steps": spec.defaults.steps, "sampler": spec.defaults.sampler,
         "guidance_scale": spec.defaults.guidance, "seed": 0,
     }  # fmt: skip
@@ -76,9 +92,23 @@ def check(settings: Settings) -> Settings:
         (s.guidance_schedule in SCHEDULES, f"schedule {s.guidance_schedule!r}", ", ".join(SCHEDULES), "Choose one"),
         (s.early_stop is None or 0 < s.early_stop < 1, f"early stop {s.early_stop}", "above 0, below 1", "Change it"),
         (0 <= s.index < MAX_IMAGES, f"picture {s.index}", f"0 to {MAX_IMAGES - 1}", "Change --count"),
+        *((getattr(s, name) is None or _is_pair(getattr(s, name)), f"{name} {getattr(s, name)}",
+           f"two whole numbers of px from 0 to {MAX_SIZE}", "Change it") for name in _PAIRS),
+        (all(0 <= score <= 10 for score in (s.aesthetic_score, s.negative_aesthetic_score)),
+         f"aesthetic score {s.aesthetic_score} or {s.negative_aesthetic_score}", "0 to 10", "Change it"),
+        (s.refiner_start is None or 0 < s.refiner_start < 1, f"refiner from {s.refiner_start}",
+         "above 0, below 1", "Change --refiner-start"),
     ]  # fmt: skip
     for good, came, allowed, do in rules:
         if not good:
             raise RequestError(came, allowed, do)
     check_seed(s.seed)
     return s
+
+
+def _is_pair(value: Any) -> bool:
+    return (
+        isinstance(value, list | tuple)
+        and len(value) == 2
+        and all(isinstance(n, int) and not isinstance(n, bool) and 0 <= n <= MAX_SIZE for n in value)
+    )

@@ -74,7 +74,9 @@ def test_building_leaves_the_callers_modules_alone_and_copies_no_weight():
 @pytest.mark.parametrize("clip_skip", [0, 1])
 def test_text_encoder_equals_transformers(clip_skip):
     parts = tiny.modules("sd1")
-    component = m.build("text_encoder", parts, tiny.spec("sd1"), AXES, clip_skip=clip_skip)
+    component = m.build(
+        "text_encoder", parts, tiny.spec("sd1").model_copy(update={"clip_skip": clip_skip}), AXES
+    )
     model = parts["text_encoder"]
     with torch.no_grad():
         truth = model(component.example[0], output_hidden_states=True)
@@ -146,8 +148,9 @@ def test_no_tensor_of_the_exported_graph_has_more_than_four_dimensions():
 )
 def test_wrong_requests_are_refused(name, options):
     axes = Axes(size_px=options.get("size_px", tiny.SIZE_PX))
+    spec = tiny.spec().model_copy(update={"clip_skip": options.get("clip_skip", 0)})
     with pytest.raises(RequestError):
-        m.build(name, tiny.modules(), tiny.spec(), axes, clip_skip=options.get("clip_skip", 0))
+        m.build(name, tiny.modules(), spec, axes)
 
 
 def test_unknown_conditioning_is_refused():
