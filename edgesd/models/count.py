@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 
@@ -33,7 +34,9 @@ def count(module: nn.Module, inputs: Sequence[torch.Tensor]) -> Cost:
     parameters = dict(module.named_parameters())
     tensors = {**parameters, **dict(module.named_buffers())}
     # Fake rather than meta tensors: constants that a module keeps as plain attributes may take part as they are.
-    with FakeTensorMode(allow_non_fake_inputs=True) as fake, torch.no_grad():
+    # Fused attention would hide its two products from the counter.
+    unfused = sdpa_kernel(SDPBackend.MATH)
+    with FakeTensorMode(allow_non_fake_inputs=True) as fake, torch.no_grad(), unfused:
         shapes = {name: fake.from_tensor(tensor.detach()) for name, tensor in tensors.items()}
         with FlopCounterMode(display=False) as counter:
             torch.func.functional_call(module, shapes, tuple(fake.from_tensor(x) for x in inputs))

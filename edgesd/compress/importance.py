@@ -1,0 +1,332 @@
+"""Which units of a group matter: one function per criterion, and what removing them costs.
+
+`collect` runs the dense model over recorded calls once and keeps, per group, an `Evidence`. A criterion turns evidence
+into an order, the unit that may go first in front; `curve` says what each step of that order costs, in squared error of
+the model's own output, so that steps of different groups can be compared (`allocate`).
+
+To add a criterion, write one function here and list it in `IMPORTANCE`; it must beat `random`.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+from edgesd.compress.calls import Batch
+from edgesd.compress.groups import Group
+from edgesd.compress.moments import RIDGE, Moments, factor, features, require_finite, rows
+
+MAX_TAPS = 6000  # unfolded inputs beyond which a convolution is scored on channels alone, its taps taken as independent
+PROBES = 48  # calls that gradients are taken on
+MAP_QUERIES = 64  # attention rows compared when heads are
+
+
+@dataclass(eq=False)
+class Evidence:
+    """What is known of one group.
+
+    pieces: [units, n] views of its tensors. weight [outputs, columns] f64: the consumer's, each output scaled by how
+    much an error there moves the model's output. moments: of the columns, units side by side. positions: rows that a
+    call brings. taylor, maps: [units] and [units, units] where collected.
+    """
+
+    group: Group
+    pieces: list[torch.Tensor]
+    weight: torch.Tensor
+    moments: Moments
+    positions: float
+    taylor: torch.Tensor = field(default_factory=lambda: torch.zeros(0))
+    maps: torch.Tensor = field(default_factory=lambda: torch.zeros(0))
+
+    def by_unit(self, columns: torch.Tensor) -> torch.Tensor:
+        """[..., columns] -> [..., units, columns of a unit]."""
+        return columns.unflatten(-1, (self.group.units, -1))
+
+
+@dataclass(frozen=True)
+class Curve:
+    """order: units, the first to go in front. errors: squared output error per call once step, 2 step, ... are gone."""
+
+    order: tuple[int, ...]
+    errors: tuple[float, ...]
+
+
+def collect(
+    module: nn.Module, groups: Sequence[Group], batches: Sequence[Batch], importance: str
+) -> dict[str, Evidence]:
+    """Evidence by group name, in the order of execution: one pass for moments, one backward pass for gradients.
+
+    Raises DataError, naming the layer, for activations that are not finite.
+    """
+    gain, taylor = _gradients(module, groups, _some(batches))
+    heads = [g for g in groups if g.heads] if importance == "merge" else []
+    moments, maps = _moments(module, groups, batches, heads)
+    calls = sum(float(batch.weight.sum()) for batch in batches)
+    found = {}
+    for name, sums in moments.items():
+        group = next(g for g in groups if g.name == name)
+        consumer = module.get_submodule(group.consumer)
+        weight = consumer.weight.double() * gain[name].sqrt().view(-1, *[1] * (consumer.weight.ndim - 1))
+        found[name] = Evidence(
+            group, _pieces(module, group), _layout(weight, sums), sums, sums.weight / calls, taylor[name],
+            maps.get(name, torch.zeros(0)),
+        )  # fmt: skip
+    return found
+
+
+def _some(batches: Sequence[Batch]) -> list[Batch]:
+    count = max(1, PROBES // len(batches[0].weight))
+    return [batches[i * len(batches) // count] for i in range(count)] if count < len(batches) else list(batches)
+
+
+def _pieces(module: nn.Module, group: Group) -> list[torch.Tensor]:
+    tensors = [(s, getattr(module.get_submodule(s.module), s.parameter)) for s in group.slices]
+    return [
+        t.detach().transpose(0, s.axis).reshape(s.blocks, group.units, -1).transpose(0, 1).flatten(1)
+        for s, t in tensors
+    ]
+
+
+def _columns(layer: nn.Module) -> int:
+    """Columns a consumer is scored on: unfolded ones, or channels where those are too many."""
+    unfolded = layer.weight[0].numel()
+    return unfolded if unfolded <= MAX_TAPS else layer.weight.shape[1]
+
+
+def _layout(weight: torch.Tensor, sums: Moments) -> torch.Tensor:
+    """A weight [out, in, ...] as [outputs, columns]; on channels, every tap counts as an output of its own."""
+    if len(sums.x) == weight[0].numel():
+        return weight.flatten(1)
+    return weight.flatten(2).transpose(1, 2).flatten(0, 1)
+
+
+def _moments(
+    module: nn.Module, groups: Sequence[Group], batches: Sequence[Batch], heads: Sequence[Group]
+) -> tuple[dict[str, Moments], dict[str, torch.Tensor]]:
+    found: dict[str, Moments] = {}
+    queries: dict[str, torch.Tensor] = {}
+    maps: dict[str, torch.Tensor] = {}
+    now = batches[0]
+
+    def arrive(group: Group, layer: nn.Module, x: torch.Tensor) -> None:
+        require_finite(f"{group.consumer} ({now.steps})", x)
+        columns = _columns(layer)
+        inputs = features(layer, x) if columns == layer.weight[0].numel() else rows(layer, x)
+        sums = found.setdefault(group.name, Moments(columns))
+        for one, scaled in now.mixed(torch.ones(len(inputs), 1), inputs):
+            sums.add(one, scaled)
+        if group.name in queries:
+            maps[group.name] = maps.get(group.name, 0) + _likeness(
+                *(queries.pop(f"{group.name}{i}") for i in ("", "k")), group
+            )
+
+    with ExitStack() as hooks, torch.no_grad():
+        for group in groups:
+            layer = module.get_submodule(group.consumer)
+            hooks.enter_context(layer.register_forward_pre_hook(lambda m, args, g=group: arrive(g, m, args[0])))
+        for group in heads:
+            for suffix, piece in zip(("", "k"), _query_and_key(group), strict=True):
+                hooks.enter_context(
+                    module.get_submodule(piece).register_forward_hook(
+                        lambda m, args, out, key=f"{group.name}{suffix}": queries.__setitem__(key, out)
+                    )
+                )
+        for now in batches:
+            now.forward(module)
+    return found, maps
+
+
+def _query_and_key(group: Group) -> tuple[str, str]:
+    named = list(dict.fromkeys(s.module for s in group.slices))
+    return named[0], named[1]
+
+
+def _likeness(query: torch.Tensor, key: torch.Tensor, group: Group) -> torch.Tensor:
+    """How alike the heads' attention maps are, [heads, heads] cosines, on evenly chosen queries of the batch's ends."""
+    ends = torch.tensor([0, len(query) - 1])
+    chosen = torch.linspace(0, query.shape[1] - 1, min(MAP_QUERIES, query.shape[1])).long()
+    q, k = (x[ends].unflatten(-1, (group.units, -1)).transpose(1, 2) for x in (query[:, chosen], key))
+    maps = (q @ k.transpose(-1, -2) * group.unit_size**-0.5).softmax(-1)
+    flat = nn.functional.normalize(maps.transpose(0, 1).flatten(1), dim=1)
+    return flat @ flat.T
+
+
+def _gradients(
+    module: nn.Module, groups: Sequence[Group], batches: Sequence[Batch]
+) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """By group: mean squared gain [out] from an error at the consumer's output to the model's; Taylor scores [units].
+
+    The gain is Hutchinson's: with v normal, E (J^T v)^2 is the squared column norm of the Jacobian J. Taylor is
+    |x dL/dx| summed within a call (Molchanov et al. 2019, gates), L the denoising loss against the call's target.
+    """
+    gain: dict[str, torch.Tensor] = {}
+    taylor: dict[str, torch.Tensor] = {}
+    counts: dict[str, float] = {}
+    seen: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+    generator = torch.Generator().manual_seed(0)
+    with ExitStack() as hooks, torch.enable_grad():
+        for group in groups:
+            layer = module.get_submodule(group.consumer)
+            hooks.enter_context(layer.register_forward_pre_hook(_tracked))
+            hooks.enter_context(
+                layer.register_forward_hook(lambda m, args, out, g=group: seen.__setitem__(g.name, (args[0], out)))
+            )
+        for batch in batches:
+            seen.clear()
+            output = batch.forward(module)
+            reached = [g for g in groups if g.name in seen]
+            probe = torch.randn(output.shape, generator=generator)
+            gains = torch.autograd.grad((output * probe).sum(), [seen[g.name][1] for g in reached], retain_graph=True)
+            losses = torch.autograd.grad(batch.loss(output), [seen[g.name][0] for g in reached])
+            weight = batch.weight.repeat(2) if batch.pairs else batch.weight
+            for group, g, loss in zip(reached, gains, losses, strict=True):
+                layer, x = module.get_submodule(group.consumer), seen[group.name][0]
+                squared = rows(layer, g * weight.sqrt().view(-1, *[1] * (g.ndim - 1))).square()
+                gain[group.name] = gain.get(group.name, 0) + squared.sum(0)
+                counts[group.name] = counts.get(group.name, 0) + float(weight.sum()) * len(squared) / len(g)
+                gates = rows(layer, (x * loss).detach()).unflatten(0, (len(x), -1)).sum(1)
+                taylor[group.name] = taylor.get(group.name, 0) + gates.unflatten(1, (group.units, -1)).sum(2).abs().sum(
+                    0
+                )
+    return {name: total / counts[name] for name, total in gain.items()}, taylor
+
+
+def _tracked(layer: nn.Module, args: tuple) -> tuple | None:
+    """Lets gradients begin at a consumer's input where nothing before it asks for them."""
+    return None if args[0].requires_grad else (args[0].detach().requires_grad_(True), *args[1:])
+
+
+# ---- criteria: scores [units], the smallest goes first ---------------------------------------------------------
+
+
+def random(evidence: Evidence) -> torch.Tensor:
+    """Nothing: the baseline every criterion must beat. The same for the same group."""
+    generator = torch.Generator().manual_seed(zlib.crc32(evidence.group.name.encode()))
+    return torch.rand(evidence.group.units, generator=generator)
+
+
+def l1(evidence: Evidence) -> torch.Tensor:
+    """Sum of magnitudes over all coupled tensors (Li et al. 2017)."""
+    return torch.stack([piece.abs().sum(1) for piece in evidence.pieces]).sum(0)
+
+
+def l2(evidence: Evidence) -> torch.Tensor:
+    """Euclidean norm over all coupled tensors."""
+    return torch.stack([piece.square().sum(1) for piece in evidence.pieces]).sum(0).sqrt()
+
+
+def wanda(evidence: Evidence) -> torch.Tensor:
+    """Sum of |W| |x| over the consumer's columns of a unit (Sun et al. 2024, made structured)."""
+    scale = (evidence.moments.gram.diagonal() / evidence.moments.weight).sqrt()
+    return evidence.by_unit(evidence.weight.abs().sum(0) * scale).sum(-1)
+
+
+def variance(evidence: Evidence) -> torch.Tensor:
+    """Variance of what the unit puts out: a head that always says the same can be said by a bias (An et al. 2024)."""
+    return evidence.by_unit(evidence.moments.covariance().diagonal()).sum(-1)
+
+
+def taylor(evidence: Evidence) -> torch.Tensor:
+    """First-order change of the denoising loss when the unit's gate closes, summed over calls and so over timesteps."""
+    return evidence.taylor
+
+
+def obs(evidence: Evidence) -> torch.Tensor | None:
+    """No scores: at each step goes what costs least after the rest has compensated (Hassibi & Stork 1993)."""
+    return None
+
+
+def merge(evidence: Evidence) -> torch.Tensor | None:
+    """Heads whose attention maps have a twin go first, into the twin by least squares; other groups as `obs`.
+
+    Agglomerative: of the most alike pair left, the one that varies less goes. Causal masks are not looked at.
+    """
+    if not evidence.maps.numel():
+        return None
+    size, alike = variance(evidence), evidence.maps.clone().fill_diagonal_(-torch.inf)
+    scores = torch.full((evidence.group.units,), float(evidence.group.units))
+    for rank in range(evidence.group.units - 1):
+        a, b = divmod(int(alike.argmax()), len(alike))
+        gone = a if size[a] < size[b] else b
+        alike[gone, :] = alike[:, gone] = -torch.inf
+        scores[gone] = rank
+    return scores
+
+
+Criterion = Callable[[Evidence], "torch.Tensor | None"]
+IMPORTANCE: dict[str, Criterion] = {
+    "random": random, "l1": l1, "l2": l2, "wanda": wanda, "variance": variance, "taylor": taylor, "obs": obs,
+    "merge": merge,
+}  # fmt: skip
+
+
+# ---- what an order costs ----------------------------------------------------------------------------------------
+
+
+def curve(evidence: Evidence, importance: str, restore: str, ridge: float = RIDGE) -> Curve:
+    """The order a criterion gives and its cost step by step, down to the last step that leaves something."""
+    scores = IMPORTANCE[importance](evidence)
+    order = None if scores is None else scores.argsort(stable=True).tolist()
+    if restore == "ls" or order is None:
+        restored = _restored(evidence, order, ridge)
+        if restore == "ls":
+            return restored
+        order = list(restored.order)
+    return _unrestored(evidence, order, centred=restore == "bias")
+
+
+def _restored(evidence: Evidence, order: list[int] | None, ridge: float) -> Curve:
+    """Cost when the rest compensates: with H the inverse covariance, taking R out costs tr(W_R H_RR^-1 W_R^T)."""
+    group, weight = evidence.group, evidence.weight.clone()
+    inverse = torch.cholesky_inverse(factor(evidence.moments.covariance(), ridge))
+    size = weight.shape[1] // group.units
+    left, gone, errors = list(range(group.units)), [], []
+    while len(left) > group.step:
+        pick = (
+            order[len(gone) : len(gone) + group.step]
+            if order is not None
+            else _cheapest(inverse, weight, left, size, group.step)
+        )
+        columns = _unit_columns(pick, size)
+        block, removed = inverse[columns][:, columns], weight[:, columns]
+        share = torch.linalg.solve(block, removed.T)
+        errors.append((errors[-1] if errors else 0.0) + max(0.0, float((removed.T * share).sum())))
+        across = inverse[:, columns]
+        weight -= (across @ share).T
+        inverse -= across @ torch.linalg.solve(block, across.T)
+        gone += pick
+        left = [unit for unit in left if unit not in set(pick)]
+    rest = left if order is None else order[len(gone) :]
+    return Curve((*gone, *rest), tuple(e * evidence.positions for e in errors))
+
+
+def _cheapest(inverse: torch.Tensor, weight: torch.Tensor, left: list[int], size: int, step: int) -> list[int]:
+    columns = _unit_columns(left, size).view(len(left), size)
+    blocks = inverse[columns.unsqueeze(2), columns.unsqueeze(1)]
+    removed = weight[:, columns].permute(1, 2, 0)
+    costs = (removed * torch.linalg.solve(blocks, removed)).sum((1, 2))
+    return [left[i] for i in costs.argsort(stable=True)[:step].tolist()]
+
+
+def _unit_columns(units: Sequence[int], size: int) -> torch.Tensor:
+    return (torch.tensor(list(units)).unsqueeze(1) * size + torch.arange(size)).flatten()
+
+
+def _unrestored(evidence: Evidence, order: list[int], centred: bool) -> Curve:
+    """Cost when nothing compensates, or the mean alone does: tr(W_R M_RR W_R^T)."""
+    group, weight, sums = evidence.group, evidence.weight, evidence.moments
+    second = sums.covariance() if centred else sums.gram.double() / sums.weight
+    size = weight.shape[1] // group.units
+    lost, errors = torch.zeros_like(weight), []
+    for at in range(0, group.units - group.step, group.step):
+        columns = _unit_columns(order[at : at + group.step], size)
+        own = weight[:, columns] @ second[columns]
+        cost = 2 * (lost[:, columns] * weight[:, columns]).sum() + (own[:, columns] * weight[:, columns]).sum()
+        errors.append((errors[-1] if errors else 0.0) + float(cost))
+        lost += own
+    return Curve(tuple(order), tuple(e * evidence.positions for e in errors))

@@ -1,0 +1,79 @@
+"""Second moments of a layer's inputs, and the least-squares problems they answer."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from edgesd.errors import DataError
+
+RIDGE = 1e-3
+
+
+def features(layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """A layer's input as rows of the products it sums: [N, columns of the flattened weight]."""
+    if isinstance(layer, nn.Conv2d):
+        unfolded = nn.functional.unfold(x, layer.kernel_size, layer.dilation, layer.padding, layer.stride)
+        return unfolded.transpose(1, 2).flatten(0, 1)
+    return x.flatten(0, -2)
+
+
+def rows(layer: nn.Module, y: torch.Tensor) -> torch.Tensor:
+    """A layer's output as rows that match `features`: [N, out]."""
+    return y.flatten(2).transpose(1, 2).flatten(0, 1) if isinstance(layer, nn.Conv2d) else y.flatten(0, -2)
+
+
+def require_finite(name: str, *tensors: torch.Tensor) -> None:
+    """Raises DataError that names the layer if anything is NaN or infinite."""
+    if not all(bool(torch.isfinite(x).all()) for x in tensors):
+        raise DataError(
+            f"activations at {name} that are not finite", "finite values", "Check the model and the calibration set"
+        )
+
+
+class Moments:
+    """Sums over rows of 1, x, x x^T, and with targets y, x y^T; float32, as long as the calls are few millions of rows.
+
+    Memory: inputs^2 floats. SD 1.5's widest layer has 11,520 unfolded inputs: 0.5 GB, and twice 1.1 GB while solved.
+    """
+
+    def __init__(self, inputs: int, outputs: int = 0) -> None:
+        self.gram, self.x = torch.zeros(inputs, inputs), torch.zeros(inputs)
+        self.cross, self.y = torch.zeros(inputs, outputs), torch.zeros(outputs)
+        self.weight, self.rows = 0.0, 0
+
+    def add(self, one: torch.Tensor, x: torch.Tensor, y: torch.Tensor | None = None) -> None:
+        """Rows scaled by the root of their weight: one [N, 1] is what 1 became, x [N, inputs], y [N, outputs]."""
+        self.gram.addmm_(x.T, x)
+        self.x.addmv_(x.T, one[:, 0])
+        self.weight += float(one.square().sum())
+        self.rows += len(x)
+        if y is not None:
+            self.cross.addmm_(x.T, y)
+            self.y.addmv_(y.T, one[:, 0])
+
+    def covariance(self) -> torch.Tensor:
+        """Mean of (x - mean)(x - mean)^T per unit of weight, float64."""
+        mean = self.x.double() / self.weight
+        return (self.gram.double() / self.weight).addr_(mean, mean, alpha=-1)
+
+    def solve(self, ridge: float) -> tuple[torch.Tensor, torch.Tensor]:
+        """D [outputs, inputs], b [outputs], float64, that minimise |y - D x - b|^2 + ridge * mean diagonal * |D|^2."""
+        mean_x, mean_y = self.x.double() / self.weight, self.y.double() / self.weight
+        cross = (self.cross.double() / self.weight).addr_(mean_x, mean_y, alpha=-1)
+        solved = torch.cholesky_solve(cross, factor(self.covariance(), ridge))
+        return solved.T, mean_y - mean_x @ solved
+
+
+def factor(covariance: torch.Tensor, ridge: float) -> torch.Tensor:
+    """The Cholesky factor of covariance + ridge * its mean diagonal; `covariance` is overwritten.
+
+    Raises DataError where that is not positive: too few calls for the ridge, or broken values.
+    """
+    covariance.diagonal().add_(ridge * covariance.diagonal().mean() + 1e-12)
+    lower, failed = torch.linalg.cholesky_ex(covariance)
+    if failed:
+        raise DataError(
+            "second moments that cannot be solved", f"enough calls for a ridge of {ridge:g}", "Record more calls"
+        )
+    return lower

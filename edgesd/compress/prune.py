@@ -1,0 +1,216 @@
+"""`edgesd prune`: from a checkpoint and recorded calls to a smaller checkpoint that edgesd loads."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from edgesd.compress.allocate import ALLOCATIONS, CAREFUL, allocate
+from edgesd.compress.calls import PARTS, Batch, Recorded, batches
+from edgesd.compress.groups import Group, find_groups
+from edgesd.compress.importance import IMPORTANCE, collect, curve
+from edgesd.compress.moments import RIDGE
+from edgesd.compress.plan import PrunePlan, Size, group_plans
+from edgesd.compress.restore import RESTORE, restore
+from edgesd.errors import RequestError
+from edgesd.files import disk_errors, locked, replacing
+from edgesd.models.count import Cost, count
+from edgesd.models.load import SIDECAR, LoadedModel
+from edgesd.models.modules import share
+
+MAX_RATIO = 0.9
+MIN_CALLS = 8
+CHART = "pruning.png"
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True, eq=False)
+class Pruned:
+    """plan: what stays. module: the dense part's smaller copy, restored, ready to run. folder: where it was written."""
+
+    plan: PrunePlan
+    module: nn.Module
+    folder: Path | None = None
+
+
+def prune(
+    model: LoadedModel,
+    ratio: float,
+    calls: Sequence[Recorded],
+    out: Path | None = None,
+    *,
+    component: str = "unet",
+    importance: str = "obs",
+    restoration: str = "ls",
+    allocation: str = "global",
+    budget: str = "macs",
+    protect: Sequence[str] = (),
+    careful: float = CAREFUL,
+    ridge: float = RIDGE,
+    progress: Progress = lambda stage, done, total: None,
+) -> Pruned:
+    """Takes `ratio` of a component's MACs (parameters, bytes) off and gives back what least squares can.
+
+    calls: recorded calls of that component from this very model (`CalibrationSet.calls`). out: a checkpoint folder to
+    write, with the plan in its sidecar and a chart; None writes nothing. protect: globs of group names to leave whole;
+    careful: the largest share that goes from a group of the first and last block. The model given is not changed.
+    Raises RequestError (ratio outside (0, 0.9) or out of reach, a name that is none, nothing to prune, too few calls)
+    and DataError (activations that are not finite, with layer and step); nothing is written then.
+    """
+    _check(ratio, len(calls), component, importance, restoration, allocation, budget)
+    part, prefix = PARTS[component]
+    refuse_twice(model, part)
+    dense, lots = model.modules[part], batches(component, calls, model.spec)
+    before = _cost(dense, lots[0])
+    groups = [g for g in find_groups(dense, before) if g.name.startswith(prefix)]
+    if not groups:
+        raise RequestError(
+            f"nothing to prune in {component}", "a component with inner widths", "Choose another component"
+        )
+    progress("importance", 0, len(groups))
+    evidence = collect(dense, groups, lots, importance)
+    curves = {}
+    for done, name in enumerate(list(evidence)):
+        curves[name] = curve(evidence.pop(name), importance, restoration, ridge)
+        progress("importance", done + 1, len(groups))
+    kept = allocate(
+        curves,
+        groups,
+        before,
+        ratio,
+        allocation=allocation,
+        budget=budget,
+        protect=protect,
+        careful=careful,  # type: ignore[arg-type]
+    )
+    smaller = share(dense)
+    restore(
+        dense, smaller, groups, kept, lots, method=restoration, ridge=ridge,
+        progress=lambda done, total: progress("restore", done, total),
+    )  # fmt: skip
+    plan = PrunePlan(
+        component=component, ratio=ratio, budget=budget, importance=importance, restore=restoration,
+        allocation=allocation, source_sha256=model.sha256,
+        groups=group_plans({g.name: g for g in groups}, kept, curves),
+        before=_size(before), after=_size(_cost(smaller, lots[0])),
+    )  # fmt: skip
+    if out is not None:
+        write_checkpoint(model, plan, smaller, out, groups)
+    return Pruned(plan, smaller, out)
+
+
+def _check(
+    ratio: float, calls: int, component: str, importance: str, restoration: str, allocation: str, budget: str
+) -> None:
+    choices = (
+        (component, PARTS, "component"), (importance, IMPORTANCE, "importance"), (restoration, RESTORE, "restore"),
+        (allocation, ALLOCATIONS, "allocation"), (budget, ("macs", "params", "bytes"), "budget"),
+    )  # fmt: skip
+    for value, allowed, flag in choices:
+        if value not in allowed:
+            raise RequestError(f"{flag} {value!r}", ", ".join(allowed), f"Change --{flag}")
+    if not 0 < ratio < MAX_RATIO:
+        raise RequestError(
+            f"ratio {ratio}", f"above 0, below {MAX_RATIO}: the share of {budget} taken off", "Change --ratio"
+        )
+    if calls < MIN_CALLS:
+        raise RequestError(f"{calls} recorded calls", f"at least {MIN_CALLS}", "Record more with edgesd calibrate")
+
+
+def refuse_twice(model: LoadedModel, part: str) -> None:
+    """A part pruned before is no base for more: its lost units cannot be weighed against those left."""
+    sidecar = model.parts[part].parent / SIDECAR
+    if sidecar.is_file() and part in json.loads(sidecar.read_text(encoding="utf-8")).get("pruned", {}):
+        raise RequestError(
+            f"{part} of {model.spec.name} is pruned already",
+            "an unpruned model",
+            "Prune the original, by a larger ratio",
+        )
+
+
+def _cost(module: nn.Module, batch: Batch) -> Cost:
+    """The cost of one call's one row: a batch of one, as the exported graph has it."""
+
+    class Call(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.part = module
+
+        def forward(self, *tensors: torch.Tensor) -> torch.Tensor:
+            return batch.with_inputs(dict(zip(batch.inputs, tensors, strict=True))).forward(self.part)
+
+    cost = count(Call(), [x[:1] for x in batch.inputs.values()])
+    return Cost(
+        cost.params,
+        cost.bytes,
+        cost.macs,
+        {name.removeprefix("part").removeprefix("."): n for name, n in cost.by_module.items()},
+    )
+
+
+def _size(cost: Cost) -> Size:
+    return Size(params=cost.params, bytes=cost.bytes, macs=cost.macs)
+
+
+def write_checkpoint(
+    model: LoadedModel, plan: PrunePlan, module: nn.Module, out: Path, groups: Sequence[Group]
+) -> None:
+    """The whole checkpoint with one part replaced: configs and other parts copied, plan in the sidecar, a chart."""
+    part = PARTS[plan.component][0]
+    source = next(p.parent for p in model.parts.values() if (p.parent / "model_index.json").is_file())
+    out.parent.mkdir(parents=True, exist_ok=True)
+    if out.exists() and (not out.is_dir() or (any(out.iterdir()) and not (out / "model_index.json").is_file())):
+        raise RequestError(
+            f"{out} exists and is no checkpoint", "a new folder, or a checkpoint to replace", "Name another"
+        )
+    with locked(out), disk_errors(out, "Free some space"), replacing(out) as new:
+        for name in ("model_index.json", "README.md"):
+            if (source / name).is_file():
+                shutil.copyfile(source / name, new / name)
+        for folder in (source / "scheduler", *model.tokenizers):
+            shutil.copytree(folder, new / folder.name)
+        for name, folder in model.parts.items():
+            keep_weights = name != part
+            shutil.copytree(
+                folder, new / name, ignore=None if keep_weights else shutil.ignore_patterns("*.safetensors*", "*.bin")
+            )
+        tensors = {k: v.detach().contiguous() for k, v in module.state_dict().items()}
+        save_file(
+            tensors,
+            new / part / ("model.safetensors" if part.startswith("text") else "diffusion_pytorch_model.safetensors"),
+            metadata={"format": "pt"},
+        )
+        sidecar = source / SIDECAR
+        told = json.loads(sidecar.read_text(encoding="utf-8")) if sidecar.is_file() else {"licence": model.licence}
+        told.setdefault("pruned", {})[part] = plan.model_dump(mode="json")
+        (new / SIDECAR).write_text(json.dumps(told, indent=1), encoding="utf-8")
+        draw_chart(plan, groups, new / CHART)
+
+
+def draw_chart(plan: PrunePlan, groups: Sequence[Group], path: Path) -> None:
+    """A PNG of what went where: one bar per group in order of execution, as wide as its MACs, the removed part red."""
+    from matplotlib.figure import Figure
+
+    macs = {group.name: group.macs for group in groups}
+    bars = [(g, macs[g.name] * g.units / 1e6, macs[g.name] * len(g.kept) / 1e6) for g in plan.groups]
+    figure = Figure(figsize=(9, 1 + 0.22 * len(bars)), layout="constrained")
+    axes = figure.subplots()
+    position = list(range(len(bars)))
+    axes.barh(position, [whole for _, whole, _ in bars], color="#d9825b", label="removed")
+    axes.barh(position, [left for _, _, left in bars], color="#4a7fb0", label="kept")
+    axes.set_yticks(position, [f"{g.name}  {len(g.kept)}/{g.units}" for g, _, _ in bars], fontsize=6)
+    axes.invert_yaxis()
+    axes.set_xlabel("million MACs a call")
+    off, off_params = (1 - getattr(plan.after, k) / getattr(plan.before, k) for k in ("macs", "params"))
+    axes.set_title(
+        f"{plan.component}: {off:.1%} of MACs, {off_params:.1%} of parameters off ({plan.importance}, {plan.restore})"
+    )
+    axes.legend()
+    figure.savefig(path, dpi=120)

@@ -1,0 +1,99 @@
+"""Taking the loss back: when inputs of a layer go, least squares lets those that stay do their work.
+
+For a layer with kept inputs x, weight W and bias, the correction (D, b) minimises, over recorded calls,
+
+    sum  w |y - (W + D) x - b|^2  +  ridge * mean diagonal * |D|^2
+
+so weights leave what they were only as far as the calls pay for it. That is OBS compensation (Hassibi & Stork 1993) for
+structured removal, as in ZipLM (2302.04089), with two differences: y is what the *dense* model's residual stream holds
+behind the layer, so that each layer also takes back what the layers before it lost; and beside each row of a guided
+call counts the row that guidance makes of the two halves (`Batch.mixed`), because that is what reaches the picture.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import nn
+
+from edgesd.compress.calls import Batch
+from edgesd.compress.groups import Group, cut
+from edgesd.compress.moments import RIDGE, Moments, features, require_finite, rows
+from edgesd.compress.replay import Halt, lockstep
+
+RESTORE = ("ls", "bias", "none")
+
+
+def restore(
+    dense: nn.Module,
+    pruned: nn.Module,
+    groups: Sequence[Group],
+    kept: Mapping[str, Sequence[int]],
+    batches: Sequence[Batch],
+    *,
+    method: str = "ls",
+    ridge: float = RIDGE,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> None:
+    """Cuts `pruned`, a weight-sharing copy of `dense`, to `kept` and restores each consumer, in order of execution.
+
+    One pass: all batches wait at each consumer, in the dense model and in the pruned one, whose earlier layers are
+    finished by then. method: "ls", "bias" (means only) or "none". Groups kept whole stay as they are. Raises DataError
+    for activations that are not finite.
+    """
+    changed = {g.consumer: g for g in groups if len(kept[g.name]) < g.units}
+    watched = {g.residual for g in changed.values() if g.residual}
+    lanes = [(module, batch.forward) for batch in batches for module in (dense, pruned)]
+    for done, halts in enumerate(lockstep(lanes, changed.keys(), watched)):
+        group = changed[halts[0].name]
+        cut(pruned, group, kept[group.name])
+        layer, channels = pruned.get_submodule(group.consumer), group.channels(kept[group.name])
+        for halt in halts[1::2]:
+            halt.x = halt.x.index_select(1 if isinstance(layer, nn.Conv2d) else -1, channels)
+        if method != "none":
+            _correct(dense, pruned, group, halts, batches, method, ridge)
+        progress(done + 1, len(changed))
+
+
+def _correct(
+    dense: nn.Module,
+    pruned: nn.Module,
+    group: Group,
+    halts: Sequence[Halt],
+    batches: Sequence[Batch],
+    method: str,
+    ridge: float,
+) -> None:
+    layer = pruned.get_submodule(group.consumer)
+    sums = Moments(layer.weight[0].numel() if method == "ls" else 0, len(layer.weight))
+    for before, after, batch in zip(halts[::2], halts[1::2], batches, strict=True):
+        missing = rows(layer, _stream(dense, group, before) - _stream(pruned, group, after))
+        require_finite(f"{group.consumer} (steps {batch.steps})", missing)
+        x = features(layer, after.x) if method == "ls" else missing[:, :0]
+        for one, scaled, wanted in batch.mixed(torch.ones(len(x), 1), x, missing):
+            sums.add(one, scaled, wanted)
+    if method == "ls":
+        delta, shift = sums.solve(ridge)
+        layer.weight = _frozen(layer.weight + delta.reshape(layer.weight.shape).float())
+    else:
+        shift = (sums.y / sums.weight).double()
+    layer.bias = _frozen(shift.float() if layer.bias is None else layer.bias + shift.float())
+
+
+def _stream(module: nn.Module, group: Group, halt: Halt) -> torch.Tensor:
+    """What the residual stream holds behind the consumer, in the layout of the consumer's output."""
+    layer = module.get_submodule(group.consumer)
+    made = layer(halt.x)
+    if not group.residual:
+        return made
+    residual = halt.seen[group.residual]
+    if group.shortcut:
+        residual = module.get_submodule(group.shortcut)(residual)
+    if residual.ndim > made.ndim:  # a picture beside its tokens
+        residual = residual.flatten(2).transpose(1, 2)
+    return made + residual
+
+
+def _frozen(tensor: torch.Tensor) -> nn.Parameter:
+    return nn.Parameter(tensor.detach(), requires_grad=False)
