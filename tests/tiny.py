@@ -49,23 +49,30 @@ def unet(family: str = "sd1", *, heads: int = 2) -> torch.nn.Module:
     return model.eval().requires_grad_(False)
 
 
-def text_encoder(*, width: int = TEXT, projection: bool = False, eos_id: int = VOCABULARY - 1) -> torch.nn.Module:
-    """A CLIP text tower of 3 layers; with `projection` the second one of SDXL."""
+def text_encoder(
+    *,
+    width: int = TEXT,
+    projection: bool = False,
+    eos_id: int | None = None,
+    words: int = VOCABULARY,
+    length: int = TOKENS,
+) -> torch.nn.Module:
+    """A CLIP text tower of 3 layers; with `projection` the second one of SDXL. words: size of its vocabulary."""
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
     torch.manual_seed(2)
     config = CLIPTextConfig(
-        vocab_size=VOCABULARY,
+        vocab_size=words,
         hidden_size=width,
         intermediate_size=2 * width,
         num_hidden_layers=3,
         num_attention_heads=2,
-        max_position_embeddings=TOKENS,
+        max_position_embeddings=length,
         projection_dim=POOLED,
         hidden_act="gelu" if projection else "quick_gelu",
-        bos_token_id=VOCABULARY - 2,
-        eos_token_id=eos_id,
-        pad_token_id=VOCABULARY - 1,
+        bos_token_id=words - 2,
+        eos_token_id=words - 1 if eos_id is None else eos_id,
+        pad_token_id=words - 1,
     )
     kind = CLIPTextModelWithProjection if projection else CLIPTextModel
     return kind(config).eval().requires_grad_(False)
@@ -130,6 +137,46 @@ def spec(family: str = "sd1", vae_kind: str = "tiny") -> ModelSpec:
         guidance_embedding_dim=10 if family == "lcm" else 0,
         time_ids=sdxl,
     )
+
+
+def folder(family: str, path, vae_kind: str = "tiny") -> str:
+    """Saves a whole diffusers pipeline of a family, its words those of the embedded model's tokenizer; its path."""
+    pipeline(family, vae_kind).save_pretrained(path)
+    return str(path)
+
+
+def pipeline(family: str, vae_kind: str = "tiny"):
+    """diffusers' own text-to-image pipeline of a family (inpainting: the inpainting one)."""
+    from importlib import resources
+
+    import diffusers
+    from transformers import CLIPTokenizer
+
+    tokenizer = CLIPTokenizer.from_pretrained(str(resources.files("edgesd.models") / "shapes" / "tokenizer"))
+    tower = {"words": len(tokenizer), "length": tokenizer.model_max_length}
+    options = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "steps_offset": 1}
+    parts = {"unet": unet(family), "vae": vae(vae_kind)}
+    if family.startswith("sdxl"):
+        parts |= {"text_encoder_2": text_encoder(width=POOLED, projection=True, **tower), "tokenizer_2": tokenizer}
+        parts |= {"scheduler": diffusers.EulerDiscreteScheduler(**options, timestep_spacing="leading")}
+        if family == "sdxl":
+            base = {"text_encoder": text_encoder(**tower), "tokenizer": tokenizer}
+            made = diffusers.StableDiffusionXLPipeline(**parts, **base)
+        else:
+            made = diffusers.StableDiffusionXLImg2ImgPipeline(
+                **parts, text_encoder=None, tokenizer=None, requires_aesthetics_score=True,
+                force_zeros_for_empty_prompt=False,
+            )  # fmt: skip
+    else:
+        rest = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+        parts |= {"text_encoder": text_encoder(**tower), "tokenizer": tokenizer, **rest}
+        kind = {"inpaint": "StableDiffusionInpaintPipeline", "lcm": "LatentConsistencyModelPipeline"}
+        scheduler = diffusers.LCMScheduler if family == "lcm" else diffusers.DDIMScheduler
+        prediction = "v_prediction" if family == "sd2" else "epsilon"
+        parts["scheduler"] = scheduler(**options, prediction_type=prediction, clip_sample=False, set_alpha_to_one=False)
+        made = getattr(diffusers, kind.get(family, "StableDiffusionPipeline"))(**parts)
+    made.set_progress_bar_config(disable=True)
+    return made
 
 
 def embedded() -> tuple[dict[str, torch.nn.Module], ModelSpec]:
