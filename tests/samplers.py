@@ -55,20 +55,23 @@ class _Wide:
         return getattr(self._torch, name)
 
 
-def diffusers_run(scheduler, steps: int, start: int = 0, x0=None, wide: bool = False) -> np.ndarray:
-    """Finished latents of diffusers' loop as its pipelines write it, with this file's function and noise."""
+def diffusers_run(scheduler, steps: int, start: int = 0, x0=None, wide: bool = False, mask=None) -> np.ndarray:
+    """Finished latents of diffusers' loop as its pipelines write it, with this file's function and noise.
+
+    x0: the image to start from; mask: where it is drawn anew (its inpainting pipeline with a 4-channel UNet).
+    """
     import torch
 
     scheduler.set_timesteps(steps)
     if hasattr(scheduler, "set_begin_index"):
         scheduler.set_begin_index(start)
     module = sys.modules[type(scheduler).__module__]
-    kept = {key: getattr(module, key, None) for key in ("randn_tensor", "torch")}
+    originals = {key: getattr(module, key, None) for key in ("randn_tensor", "torch")}
     row, kind = start, torch.float64 if wide else torch.float32
     module.randn_tensor = lambda *args, **kwargs: torch.from_numpy(step_noise(row)).to(kind)
     module.torch = _Wide(torch) if wide else torch
     try:
-        latents = torch.from_numpy(START).to(kind)
+        latents = z = torch.from_numpy(START).to(kind)
         if x0 is None:
             latents = latents * getattr(scheduler, "init_noise_sigma", 1.0)
         else:
@@ -81,8 +84,14 @@ def diffusers_run(scheduler, steps: int, start: int = 0, x0=None, wide: bool = F
             sample = scheduler.scale_model_input(latents, t) if hasattr(scheduler, "scale_model_input") else latents
             output = torch.from_numpy(model(sample.float().numpy(), float(t))).to(kind)
             latents = scheduler.step(output, t, latents, return_dict=False)[0]
+            if mask is not None:
+                kept = clean
+                if row < len(scheduler.timesteps) - 1:
+                    kept = scheduler.add_noise(clean, z, scheduler.timesteps[row + 1 : row + 2])
+                drawn = torch.from_numpy(mask).to(kind)
+                latents = (1 - drawn) * kept + drawn * latents
     finally:
-        for key, value in kept.items():
+        for key, value in originals.items():
             setattr(module, key, value)
     return latents.float().numpy()
 

@@ -92,10 +92,15 @@ def banded(scheduler: Any, steps: int) -> Band:
         return _banded(probe)
 
 
-def _prepare(scheduler: Any, steps: int) -> Any:
-    """A copy with its timesteps set; refuses by name what cannot be a table."""
+def check_steps(steps: int) -> None:
+    """RequestError unless steps is an integer of 1 .. MAX_STEPS."""
     if isinstance(steps, bool) or not isinstance(steps, int) or not 1 <= steps <= MAX_STEPS:
         raise RequestError(f"{steps!r} steps", f"1 to {MAX_STEPS}", "Choose a step count in that range")
+
+
+def _prepare(scheduler: Any, steps: int) -> Any:
+    """A copy with its timesteps set; refuses by name what cannot be a table."""
+    check_steps(steps)
     kind, config = type(scheduler).__name__, scheduler.config
     for wrong, what, instead in (
         (config.get("clip_sample"), "clips its prediction (clip_sample)", "clip_sample false"),

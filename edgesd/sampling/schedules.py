@@ -6,6 +6,7 @@ and the named options on top, as `SomeScheduler.from_config(pipe.scheduler.confi
 
 from __future__ import annotations
 
+import inspect
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -78,7 +79,7 @@ def make_scheduler(name: str, config: Mapping[str, Any]) -> Any:
     if kind == "DPMSolverSDEScheduler":
         raise RequestError(f"{kind} draws its noise from torchsde", "noise drawn row by row", "Use dpmpp_2m_sde")
     scheduler = getattr(diffusers, kind, None) if kind.endswith("Scheduler") else None
-    if not hasattr(scheduler, "set_timesteps"):
+    if scheduler is None or not hasattr(scheduler, "set_timesteps"):
         raise RequestError(f"scheduler {kind!r} of the checkpoint", "a scheduler of diffusers", "Pass --sampler")
     known = set(scheduler._get_init_keys(scheduler))
     if name != "default":
@@ -133,24 +134,30 @@ def names() -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class SamplerInfo:
-    """A line of `edgesd samplers`. calls: UNet calls per picture for `steps` steps, guidance apart."""
+    """A line of `edgesd samplers`. calls: UNet calls per picture for `steps` steps, guidance apart; None: too many."""
 
     name: str
     scheduler: str
     stochastic: bool
     family: str
     steps: int
-    calls: int
+    calls: int | None
 
 
 def describe(steps: int = 20) -> tuple[SamplerInfo, ...]:
-    """Every sampler at a step count, in the order of `names()`. RequestError where one cannot run it (lcm: 51)."""
-    from edgesd.sampling.compile import banded
+    """Every sampler at a step count, in the order of `names()`. RequestError for steps out of range."""
+    from edgesd.sampling.compile import banded, check_steps
 
-    found = {}
+    check_steps(steps)
+    found: dict[str, tuple[bool, int | None]] = {}
     for base, (kind, _) in SAMPLERS.items():
-        band = banded(make_scheduler(base, {"_class_name": kind, "timestep_spacing": "leading"}), steps)
-        found[base] = bool(band.coef[:, -1].any()), len(band.coef)
+        scheduler = make_scheduler(base, {"_class_name": kind, "timestep_spacing": "leading"})
+        noisy = bool(banded(scheduler, 4).coef[:, -1].any())
+        try:
+            scheduler.set_timesteps(steps)
+            found[base] = noisy, len(scheduler.timesteps)
+        except ValueError:  # LCM and TCD run at most the steps they were distilled for
+            found[base] = noisy, None
     return tuple(
         SamplerInfo(name, (kind := SAMPLERS[base][0]), found[base][0], _family(kind, {}), steps, found[base][1])
         for name in names()
@@ -166,6 +173,15 @@ def default_sampler(config: Mapping[str, Any]) -> str:
         if config.get("_class_name") != kind:
             continue
         stated = {**_PLAIN, **options, **({f"use_{sigmas}_sigmas": True} if sigmas else {})}
-        if all(config[key] == value for key, value in stated.items() if key in config):
+        own = {**_defaults(kind), **config}
+        if all(own[key] == value for key, value in stated.items() if key in own):
             return name
     return "default"
+
+
+def _defaults(kind: str) -> dict[str, Any]:
+    """What diffusers takes where a config is silent; not clipping, which its Stable Diffusion pipelines turn off."""
+    import diffusers
+
+    parameters = inspect.signature(getattr(diffusers, kind).__init__).parameters
+    return {k: p.default for k, p in parameters.items() if p.default is not p.empty and k != "clip_sample"}

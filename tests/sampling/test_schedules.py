@@ -43,6 +43,29 @@ def test_a_checkpoint_that_uses_a_sampler_has_it_as_default(name):
     assert default_sampler(config) == name
 
 
+def test_samplers_that_cannot_run_so_many_steps_say_so():
+    told = {info.name: info.calls for info in describe(60)}
+    assert told["lcm"] is None
+    assert told["euler"] == 60
+    with pytest.raises(RequestError, match="steps"):
+        describe(0)
+
+
+@pytest.mark.parametrize(("config", "name"), [
+    ({"_class_name": "PNDMScheduler", "skip_prk_steps": True, "set_alpha_to_one": False, "steps_offset": 1,
+      "clip_sample": False, "beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}, "pndm"),
+    ({"_class_name": "EulerDiscreteScheduler", "interpolation_type": "linear", "timestep_spacing": "leading",
+      "use_karras_sigmas": False, "clip_sample": False, "skip_prk_steps": True}, "euler"),
+    ({"_class_name": "EulerAncestralDiscreteScheduler", "timestep_spacing": "trailing"}, "euler_a"),
+    ({"_class_name": "DDIMScheduler", "clip_sample": False, "prediction_type": "v_prediction"}, "ddim"),
+    ({"_class_name": "DDIMScheduler"}, "ddim"),
+    ({"_class_name": "DPMSolverSinglestepScheduler"}, "default"),  # diffusers' lower_order_final is false there
+    ({"_class_name": "PNDMScheduler"}, "default"),  # and so is skip_prk_steps here
+])  # fmt: skip
+def test_defaults_of_published_checkpoints(config, name):
+    assert default_sampler(config) == name
+
+
 def test_a_config_of_its_own_kind_is_called_default():
     assert default_sampler({**SD, "_class_name": "DPMSolverMultistepScheduler", "solver_type": "heun"}) == "default"
     assert default_sampler({**SD, "_class_name": "DDIMScheduler", "clip_sample": True}) == "default"
