@@ -20,8 +20,11 @@ if TYPE_CHECKING:
     from edgesd.models.load import Checkpoint
     from edgesd.targets import Target
 
-COMPONENTS = ("text_encoder", "unet", "vae_decoder", "vae_encoder")
-PART_OF = {"text_encoder": "text_encoder", "unet": "unet", "vae_decoder": "vae", "vae_encoder": "vae"}
+# Component -> the part of a checkpoint that it is made from, in the order of a run.
+PART_OF = {
+    "text_encoder": "text_encoder", "text_encoder_2": "text_encoder_2", "unet": "unet", "vae_decoder": "vae",
+    "vae_encoder": "vae",
+}  # fmt: skip
 WEIGHT_BYTES = {"fp32": 4, "fp16": 2}
 # Peak of a converter's process: units of the component's float32 bytes, and what its libraries take before any weight.
 # Measured on the embedded model and on SD 1.5's architecture (docs/packaging.md); a new target starts at the largest.
@@ -86,7 +89,7 @@ def make_plan(recipe: Recipe, checkpoint: Checkpoint, output: Path) -> BuildPlan
             f"{recipe.chunks} chunks for {recipe.target}", "one: only coreml splits a UNet", "Drop --chunks"
         )
     artefacts = []
-    for component in COMPONENTS:
+    for component in params:
         for axes in _axes(component, recipe, target, checkpoint.spec.defaults.size_px):
             artefacts.append(_predict(recipe.target, component, axes, params[component]))
     samplers = recipe.samplers if recipe.samplers else default_samplers(checkpoint.spec.defaults.sampler)
@@ -189,10 +192,10 @@ def _refuse(plan: BuildPlan, target: Target) -> None:
 
 def count_params(checkpoint: Checkpoint) -> dict[str, int]:
     """Parameters by component, from safetensors headers. Raises DataError for a broken file."""
-    counts = dict.fromkeys(COMPONENTS, 0)
+    counts = {component: 0 for component, part in PART_OF.items() if part in checkpoint.parts}
     for part, folder in checkpoint.parts.items():
         for name, elements in _tensors(folder):
-            for component in COMPONENTS:
+            for component in counts:
                 if PART_OF[component] == part and _belongs(component, name):
                     counts[component] += elements
     return counts

@@ -235,8 +235,8 @@ def record(truth: Pipeline, settings: Settings) -> Golden:
         for t in truth.tokenizers
     ]
     for tokenizer, both in zip(truth.tokenizers, ids, strict=True):
-        for value in both.values():
-            recorder.run(tokenizer.spec.component, {"input_ids": value})
+        for ids_of_call in np.concatenate(list(both.values())):
+            recorder.run(tokenizer.spec.component, {"input_ids": ids_of_call[None]})
     kept = [(0, call) for call in recorder.noted]
     unet, latents, picture = _run(replace(truth, session=recorder), recorder, settings)
     decoded = next(call for call in reversed(recorder.noted) if call.component == "vae_decoder")
