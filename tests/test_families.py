@@ -1,0 +1,66 @@
+"""Every family through the whole path: folder, plan, lowered, bundled, validated, drawn from the bundle."""
+
+import json
+
+import numpy as np
+import pytest
+import tiny
+
+from edgesd import packager, sources, targets
+from edgesd.child import Ran
+from edgesd.runtime.generate import generate
+
+FAMILIES = ("sd2", "sdxl", "sdxl_refiner", "inpaint", "lcm")
+PROMPT = "a red circle above a blue square on a white background"
+
+
+class Inline:
+    """Stands for a child process: the same calls, here."""
+
+    def run(self, function, *args, label=""):
+        return Ran(function(*args), 0.0, 0)
+
+    def close(self):
+        pass
+
+
+@pytest.fixture(autouse=True)
+def _no_children(monkeypatch):
+    monkeypatch.setitem(targets.TARGETS, "torch", "torch_target")
+    monkeypatch.setattr(packager, "Child", Inline)
+    monkeypatch.setattr(packager, "in_child", lambda f, *args, label="", **_: Ran(f(*args), 0.0, 0))
+
+
+def package(source, output, target="torch", **fields):
+    asked = {"source": str(source), "samplers": ("euler",), "steps": (3, 3), **fields}
+    return packager.package_all(asked, [target], output).made[0].path
+
+
+def same(a, b):
+    return np.abs(a.image.astype(int) - b.image.astype(int)).mean() <= 1
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_family_is_packaged_and_draws_as_the_reference(family, tmp_path):
+    check_family(family, tmp_path, "torch")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", ["openvino", "onnx-web", "tflite"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_family_goes_through_every_target(family, target, tmp_path):
+    check_family(family, tmp_path, target)
+
+
+def check_family(family, tmp_path, target):
+    source = tiny.folder(family, tmp_path / family)
+    sampler = "lcm" if family == "lcm" else "euler"
+    bundle = package(source, tmp_path, target, samplers=(sampler,), precision="fp32")
+    manifest = json.loads((bundle / "manifest.json").read_text())
+    assert manifest["quality"]["passed"]
+    assert manifest["model"]["family"] == {"inpaint": "sd1", "lcm": "sd1"}.get(family, family)
+    assert ("text_encoder_2" in {c["name"] for c in manifest["components"]}) == family.startswith("sdxl")
+    settings = {"num_inference_steps": 3, "sampler": sampler, "seed": 5}
+    ours, truth = (generate(sources.open_pipeline(str(p)), PROMPT, **settings)[0] for p in (bundle, source))
+    assert same(ours, truth)
+    assert ours.image.std() > 2
