@@ -61,6 +61,13 @@ def generate(
         Path, typer.Option("-o", "--output", help="PNG to write; -1, -2 … are added for several.")
     ] = Path("out.png"),
     rng: Rng = "philox",
+    refiner: Annotated[str | None, typer.Option("--refiner", help="SDXL's second model: bundle or folder.")] = None,
+    refiner_start: Annotated[
+        float | None, typer.Option("--refiner-start", help="Share of the run after which it draws on; 0.8.")
+    ] = None,
+    original_size: Annotated[
+        str | None, typer.Option("--original-size", help="SDXL: size its picture is said to come from, 1024x768.")
+    ] = None,
     preview: Annotated[bool, typer.Option("--preview", help="Rewrite OUTPUT with a preview at each step.")] = False,
     repeat: Annotated[Path | None, typer.Option("--from", help="Repeat a picture that edgesd made.")] = None,
     threads: Threads = None,
@@ -69,14 +76,19 @@ def generate(
 ) -> None:
     """Draw a picture. Its settings go into the PNG; `--from picture.png` repeats it to the pixel."""
     from edgesd import drawing
+    from edgesd.recipe import parse_size
 
     request = drawing.Request(
         prompt=prompt, negative_prompt=negative, seed=seed, num_inference_steps=steps, sampler=sampler,
         guidance_scale=guidance, guidance_until=guidance_until, guidance_schedule=guidance_schedule,
         guidance_rescale=guidance_rescale, early_stop=early_stop, image=image, mask=mask, strength=strength,
         num_images=count, rng=rng,
+        refiner_start=refiner_start,
+        original_size=None if original_size is None else parse_size(original_size, 1),
     )  # fmt: skip
-    result = drawing.draw(request, model, output, repeat=repeat, preview=preview, threads=threads, device=device)
+    result = drawing.draw(
+        request, model, output, repeat=repeat, preview=preview, threads=threads, device=device, refiner=refiner
+    )
     _show(result, as_json, drawing.describe(result))
 
 

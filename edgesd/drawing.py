@@ -17,7 +17,7 @@ from edgesd.files import cache_folder
 from edgesd.runtime import image as images
 from edgesd.runtime.cache import PromptCache
 from edgesd.runtime.canvas import Start
-from edgesd.runtime.generate import Picture, sample, sample_batch
+from edgesd.runtime.generate import REFINER_START, Picture, sample, sample_batch
 from edgesd.runtime.pipeline import Pipeline
 from edgesd.runtime.settings import MAX_IMAGES, Settings, resolve
 from edgesd.sources import open_pipeline
@@ -49,6 +49,8 @@ class Request:
     image: Path | None = None
     mask: Path | None = None
     num_images: int = 1
+    original_size: tuple[int, int] | None = None
+    refiner_start: float | None = None
 
 
 def draw(
@@ -58,6 +60,7 @@ def draw(
     *,
     repeat: Path | None = None,
     preview: bool = False,
+    refiner: str | None = None,
     **options: Any,
 ) -> dict[str, Any]:
     """Draws and saves; returns what was made, ready for JSON. Every file appears whole or not at all."""
@@ -72,7 +75,10 @@ def draw(
         raise RequestError("an empty prompt", "at least one word", "Say what to draw, or repeat a picture with --from")
     began = time.perf_counter()
     pipeline = open_pipeline(model, **options)
+    second = None if refiner is None else open_pipeline(refiner, **options)
     settings = _settings(pipeline, request, repeated)
+    if second is not None and settings.refiner_start is None:
+        settings = replace(settings, refiner_start=REFINER_START)
     start = _start(pipeline, request)
     cache = PromptCache(folder=cache_folder() / "prompts")
     drawn = []
@@ -81,8 +87,8 @@ def draw(
             path = output if request.num_images == 1 else output.with_stem(f"{output.stem}-{index + 1}")
             one = replace(settings, index=settings.index + index)
             first = time.perf_counter()
-            picture = _draw_one(pipeline, one, start, cache, path if preview else None, tick)
-            record = _record(pipeline, picture)
+            picture = _draw_one(pipeline, one, start, cache, path if preview else None, tick, second)
+            record = _record(pipeline, picture, second)
             images.save_png(path, picture.image, record)
             drawn.append(record | {"path": str(path), "seconds": round(time.perf_counter() - first, 3)})
     return {"pictures": drawn, "seconds": round(time.perf_counter() - began, 3), "cache": cache.stats()}
@@ -144,8 +150,9 @@ def _draw_one(
     cache: PromptCache,
     preview: Path | None,
     tick: Callable[[Step | Picture], None],
+    refiner: Pipeline | None,
 ) -> Picture:
-    for event in sample(pipeline, settings, start, cache):
+    for event in sample(pipeline, settings, start, cache, refiner):
         tick(event)
         if isinstance(event, Picture):
             return event
@@ -164,7 +171,7 @@ def preview_image(pipeline: Pipeline, step: Step) -> np.ndarray:
     return decode(pipeline, step.denoised)
 
 
-def _record(pipeline: Pipeline, picture: Picture) -> dict[str, Any]:
+def _record(pipeline: Pipeline, picture: Picture, refiner: Pipeline | None) -> dict[str, Any]:
     from edgesd import __version__
 
     settings = asdict(picture.settings)
@@ -179,6 +186,7 @@ def _record(pipeline: Pipeline, picture: Picture) -> dict[str, Any]:
         "truncated": picture.truncated,
         "notes": list(picture.notes),
         "edgesd": __version__,
+        **({} if refiner is None else {"refiner": refiner.spec.name}),
     }
 
 
