@@ -70,6 +70,9 @@ def generate(
     ] = None,
     preview: Annotated[bool, typer.Option("--preview", help="Rewrite OUTPUT with a preview at each step.")] = False,
     repeat: Annotated[Path | None, typer.Option("--from", help="Repeat a picture that edgesd made.")] = None,
+    state: Annotated[
+        Path | None, typer.Option("--state", help="Keep the run here; the same command goes on where it stopped.")
+    ] = None,
     threads: Threads = None,
     device: Device = None,
     as_json: Json = False,
@@ -87,7 +90,15 @@ def generate(
         original_size=None if original_size is None else parse_size(original_size, 1),
     )  # fmt: skip
     result = drawing.draw(
-        request, model, output, repeat=repeat, preview=preview, threads=threads, device=device, refiner=refiner
+        request,
+        model,
+        output,
+        repeat=repeat,
+        preview=preview,
+        state=state,
+        threads=threads,
+        device=device,
+        refiner=refiner,
     )
     _show(result, as_json, drawing.describe(result))
 
@@ -155,7 +166,8 @@ def package(
     given = {
         "source": model, "precision": precision, "vae": vae, "samplers": tuple(sampler) if sampler else None,
         "size_px": parse_size(size_px) if size_px is not None else None, "forms": tuple(form) if form else None,
-        "batch2": batch2 if batch2 else None, "compiled": compiled if compiled else None, "chunks": chunks if chunks != 1 else None, "revision": revision,
+        "batch2": batch2 if batch2 else None, "compiled": compiled if compiled else None, "revision": revision,
+        "chunks": chunks if chunks != 1 else None,
         "minimum_target": minimum_target if minimum_target != "iOS17" else None,
         "steps": parse_steps(steps) if steps != "1-50" else None,
     }  # fmt: skip

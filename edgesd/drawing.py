@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import secrets
 import time
 from collections.abc import Callable, Iterator
@@ -20,6 +22,7 @@ from edgesd.runtime.canvas import Start
 from edgesd.runtime.generate import REFINER_START, Picture, sample, sample_batch
 from edgesd.runtime.pipeline import Pipeline
 from edgesd.runtime.settings import MAX_IMAGES, Settings, resolve
+from edgesd.runtime.state import State, load_state, save_state
 from edgesd.sources import open_pipeline
 
 if TYPE_CHECKING:
@@ -60,16 +63,22 @@ def draw(
     *,
     repeat: Path | None = None,
     preview: bool = False,
+    state: Path | None = None,
     refiner: str | None = None,
     **options: Any,
 ) -> dict[str, Any]:
-    """Draws and saves; returns what was made, ready for JSON. Every file appears whole or not at all."""
+    """Draws and saves; returns what was made, ready for JSON. Every file appears whole or not at all.
+
+    state: where the run is kept after every step; if the file is there, the run goes on from it. Deleted at the end.
+    """
     if not 1 <= request.num_images <= MAX_IMAGES:
         raise RequestError(f"{request.num_images} pictures", f"1 to {MAX_IMAGES}", "Change --count")
     if output.suffix.lower() != ".png":
         raise RequestError(f"output {output.name!r}", "a name that ends in .png", "Change -o")
     if request.mask is not None and request.image is None:
         raise RequestError("a mask without a picture", "--mask together with --image", "Add --image")
+    if state is not None and (request.num_images > 1 or (request.seed is None and repeat is None)):
+        raise RequestError("--state with a run that cannot be named", "one picture, with --seed", "Add --seed")
     repeated = None if repeat is None else images.read_settings(repeat)
     if repeated is None and (request.prompt is None or not request.prompt.strip()):
         raise RequestError("an empty prompt", "at least one word", "Say what to draw, or repeat a picture with --from")
@@ -87,9 +96,12 @@ def draw(
             path = output if request.num_images == 1 else output.with_stem(f"{output.stem}-{index + 1}")
             one = replace(settings, index=settings.index + index)
             first = time.perf_counter()
-            picture = _draw_one(pipeline, one, start, cache, path if preview else None, tick, second)
-            record = _record(pipeline, picture, second)
+            kept = None if state is None else _Kept(state, pipeline, one)
+            picture = _draw_one(pipeline, one, start, cache, path if preview else None, tick, second, kept)
+            record = _record(pipeline, picture, start, second)
             images.save_png(path, picture.image, record)
+            if kept is not None:
+                kept.path.unlink(missing_ok=True)
             drawn.append(record | {"path": str(path), "seconds": round(time.perf_counter() - first, 3)})
     return {"pictures": drawn, "seconds": round(time.perf_counter() - began, 3), "cache": cache.stats()}
 
@@ -151,14 +163,30 @@ def _draw_one(
     preview: Path | None,
     tick: Callable[[Step | Picture], None],
     refiner: Pipeline | None,
+    kept: _Kept | None,
 ) -> Picture:
-    for event in sample(pipeline, settings, start, cache, refiner):
+    resume = None if kept is None else kept.load()
+    for event in sample(pipeline, settings, start, cache, refiner, resume):
         tick(event)
+        if kept is not None and not isinstance(event, Picture):
+            save_state(kept.path, event.table, event.state, kept.owner)
         if isinstance(event, Picture):
             return event
         if preview is not None:
             images.save_png(preview, preview_image(pipeline, event), None)
     raise DataError("the run ended without a picture", "a whole run", "Report this as a bug")
+
+
+class _Kept:
+    """Where a run is kept while it is under way, and whose it is: the same settings on the same weights."""
+
+    def __init__(self, path: Path, pipeline: Pipeline, settings: Settings) -> None:
+        self.path, self._table = path, pipeline.table(settings.sampler, settings.num_inference_steps)
+        told = json.dumps([pipeline.identity, asdict(settings)], sort_keys=True)
+        self.owner = hashlib.sha256(told.encode()).hexdigest()
+
+    def load(self) -> State | None:
+        return load_state(self.path, self._table, self.owner) if self.path.exists() else None
 
 
 def preview_image(pipeline: Pipeline, step: Step) -> np.ndarray:
@@ -171,13 +199,13 @@ def preview_image(pipeline: Pipeline, step: Step) -> np.ndarray:
     return decode(pipeline, step.denoised)
 
 
-def _record(pipeline: Pipeline, picture: Picture, refiner: Pipeline | None) -> dict[str, Any]:
+def _record(pipeline: Pipeline, picture: Picture, start: Start | None, refiner: Pipeline | None) -> dict[str, Any]:
     from edgesd import __version__
 
     settings = asdict(picture.settings)
     return {
         "settings": settings,
-        "start": None if picture.settings.strength == 1.0 else "image",
+        "start": None if start is None else ("image" if start.mask is None else "image and mask"),
         "model": pipeline.spec.name,
         "identity": pipeline.identity,
         "size_px": list(picture.image.shape[:2]),

@@ -140,3 +140,26 @@ def test_ctrl_c_leaves_no_file(tmp_path):
     assert "interrupted" in err
     assert "Traceback" not in err
     assert not list(tmp_path.glob("*.png"))
+
+
+def test_a_run_that_was_stopped_goes_on_from_its_state_file(run, tmp_path, monkeypatch):
+    words = ("generate", PROMPT, "--steps", 5, "--seed", 8)
+    assert run(*words, "-o", "whole.png")[0] == 0
+    from edgesd import drawing
+
+    keep, kept = drawing.save_state, []
+
+    def stop_after_three(*arguments):
+        keep(*arguments)
+        kept.append(arguments)
+        if len(kept) == 3:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(drawing, "save_state", stop_after_three)
+    assert run(*words, "-o", "stopped.png", "--state", "run.state")[0] == 130
+    assert not (tmp_path / "stopped.png").exists()
+    assert run("generate", PROMPT, "--steps", 5, "--seed", 9, "--state", "run.state")[0] == 2
+    assert run(*words, "-o", "stopped.png", "--state", "run.state")[0] == 0
+    assert len(kept) == 5
+    assert not (tmp_path / "run.state").exists()
+    assert np.array_equal(Image.open("whole.png"), Image.open("stopped.png"))

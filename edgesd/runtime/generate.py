@@ -91,9 +91,13 @@ def sample(
     start: Start | None = None,
     cache: PromptCache | None = None,
     refiner: Pipeline | None = None,
+    resume: state.State | None = None,
 ) -> Iterator[loop.Step | Picture]:
-    """Yields a `loop.Step` per row, then the `Picture`. Closing the generator cancels."""
-    for event in sample_batch(pipeline, [settings], start, cache, refiner):
+    """Yields a `loop.Step` per row, then the `Picture`. Closing the generator cancels.
+
+    resume: a `step.state` of an earlier run with the same arguments; the picture equals the uninterrupted one's bits.
+    """
+    for event in sample_batch(pipeline, [settings], start, cache, refiner, resume):
         if isinstance(event, list):
             yield event[0]
         else:
@@ -106,6 +110,7 @@ def sample_batch(
     start: Start | None = None,
     cache: PromptCache | None = None,
     refiner: Pipeline | None = None,
+    resume: state.State | None = None,
 ) -> Iterator[loop.Step | list[Picture]]:
     """Several pictures in step: they may differ in prompt, negative prompt, seed and index alone.
 
@@ -115,6 +120,8 @@ def sample_batch(
     first = check(several[0])
     if (refiner is None) != (first.refiner_start is None):
         raise RequestError("half a refiner", "a second model together with refiner_start", "Pass both or neither")
+    if resume is not None and (refiner is not None or first.early_stop is not None):
+        raise RequestError("a run to resume with a refiner or early stop", "one without", "Draw the picture anew")
     cache = PromptCache() if cache is None else cache
     table = pipeline.table(first.sampler, first.num_inference_steps)
     at = table.start_row(first.strength) if start is not None else 0
@@ -124,7 +131,7 @@ def sample_batch(
     stage = _Stage(pipeline, table, several, noise, cache, canvas)
     latents = state.init_latents(table, noise(0, Purpose.START)) if canvas is None else canvas.begin(at)
     end = table.rows if refiner is None else handover_row(table, first)
-    yield from stage.run(latents, at, end)
+    yield from stage.run(latents, at, end, resume)
     calls, steps_run = stage.calls, stage.rows_run
     if refiner is not None and stage.last is not None:
         other = refiner.table(first.sampler, first.num_inference_steps)
@@ -210,13 +217,16 @@ class _Stage:
         self.calls, self.rows_run = 0, 0
         self.last: loop.Step | None = None
 
-    def run(self, latents: np.ndarray, at: int, end: int) -> Iterator[loop.Step]:
-        """Rows at .. end-1 (fewer with early stop); latents: the UNet's input at row `at`."""
+    def run(self, latents: np.ndarray, at: int, end: int, resume: state.State | None = None) -> Iterator[loop.Step]:
+        """Rows at .. end-1 (fewer with early stop); latents: the UNet's input at row `at`; resume: goes on there."""
         adjust = None if self._canvas is None else self._canvas.adjust
         before: np.ndarray | None = None
         steps = loop.run(
-            self._table, self._denoise, latents, lambda row: self._noise(row, Purpose.STEP), at, adjust=adjust
+            self._table, self._denoise, latents, lambda row: self._noise(row, Purpose.STEP), at, resume, adjust
         )
+        for row in range(at, at if resume is None else resume.row):
+            if self._table.draws[row]:  # a stream, as torch's, must have drawn what the first part drew
+                self._noise(row, Purpose.STEP)
         for step in steps:
             self.last, self.rows_run = step, self.rows_run + 1
             yield step

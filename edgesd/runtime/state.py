@@ -58,17 +58,17 @@ def bridge(table: SamplerTable, row: int, sample: np.ndarray, model_output: np.n
     return State(other.rows, 0, (x0,))
 
 
-def save_state(path: Path | str, table: SamplerTable, state: State) -> None:
-    """Writes a run's state, at most ten tensors, so that it appears whole or not at all."""
+def save_state(path: Path | str, table: SamplerTable, state: State, owner: str = "") -> None:
+    """Writes a run's state, at most ten tensors, so that it appears whole or not at all. owner: whose run it is."""
     arrays = {f"input_{i}": array for i, array in enumerate(state.inputs)}
     arrays |= {f"output_{i}": array for i, array in enumerate(state.outputs)}
     arrays["row"] = np.array([state.row, state.start], np.int32)
-    head = {"format": FORMAT, "sampler": table.name, "steps": str(table.steps)}
+    head = {"format": FORMAT, "sampler": table.name, "steps": str(table.steps), "owner": owner}
     write_whole(Path(path), dump_tensors({k: np.ascontiguousarray(v) for k, v in arrays.items()}, head))
 
 
-def load_state(path: Path | str, table: SamplerTable) -> State:
-    """Reads a state for `table`. RequestError when it belongs to another table; DataError when the file is broken."""
+def load_state(path: Path | str, table: SamplerTable, owner: str = "") -> State:
+    """Reads a state for `table`. RequestError when it is another table's or owner's; DataError when it is broken."""
     try:
         with open_regular(Path(path)) as file:
             data = file.read(MAX_STATE_BYTES + 1)
@@ -77,6 +77,7 @@ def load_state(path: Path | str, table: SamplerTable) -> State:
         if len(data) > MAX_STATE_BYTES or head["format"] != FORMAT:
             raise ValueError("too large, or no state file")
         whose = f"{int(head['steps'])} steps of {head['sampler'][:64]}"
+        theirs = head["owner"]
         row, start = (int(n) for n in arrays.pop("row"))
         inputs = _numbered(arrays, "input", MAX_INPUTS)
         outputs = _numbered(arrays, "output", MAX_OUTPUTS)
@@ -87,6 +88,9 @@ def load_state(path: Path | str, table: SamplerTable) -> State:
                         "Draw the picture anew") from None  # fmt: skip
     if whose != f"{table.steps} steps of {table.name}":
         raise RequestError(f"a run of {whose}", f"{table.steps} steps of {table.name}", "Resume with the same settings")
+    if theirs != owner:
+        raise RequestError("the saved run of another picture", "the same prompt, seed, settings and model",
+                           "Say the same as before, or name another file")  # fmt: skip
     # A run that began at `start` has seen this many inputs and outputs by now; with fewer it would go on wrongly.
     seen = row - start
     needed = min(seen + 1, table.input_coef.shape[1]), min(seen, table.output_coef.shape[1] - 1)

@@ -193,3 +193,14 @@ def test_a_start_picture_of_odd_size_is_refused(pipeline):
     settings = resolve(pipeline.spec, PROMPT, strength=0.5)
     with pytest.raises(RequestError, match="multiples of 8"):
         list(sample(pipeline, settings, Start(np.zeros((100, 130, 3), np.uint8))))
+
+
+@pytest.mark.parametrize(("sampler", "rng"), [("dpmpp_2m_karras", "philox"), ("euler_a", "torch"), ("heun", "philox")])
+def test_a_resumed_picture_equals_the_uninterrupted_one_to_the_bit(pipeline, sampler, rng):
+    settings = resolve(pipeline.spec, PROMPT, seed=6, num_inference_steps=6, sampler=sampler, rng=rng)
+    *steps, whole = sample(pipeline, settings)
+    for step in (steps[0], steps[3]):
+        *rest, resumed = sample(pipeline, settings, resume=step.state)
+        assert len(rest) == len(steps) - step.row - 1
+        assert np.array_equal(resumed.latents, whole.latents)
+        assert np.array_equal(resumed.image, whole.image)
