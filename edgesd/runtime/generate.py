@@ -143,7 +143,7 @@ def sample_batch(
     if step is None:
         raise RequestError("a run without steps", "at least one", "Raise the steps or the strength")
     final = step.latents if step.last else step.denoised
-    notes = () if step.last else (f"stopped early after row {step.row + 1} of {step.table.rows}",)
+    notes = () if step.last else (stage.early(step),)
     calls //= len(several)
     decoder = pipeline if refiner is None else refiner
     yield [
@@ -237,6 +237,11 @@ class _Stage:
                 if before is not None and self._plan.settled(before, x0):
                     return
                 before = x0
+
+    def early(self, step: loop.Step) -> str:
+        """What to say of a run that ended with `step`."""
+        saved = self._plan.calls(step.row + 1)
+        return f"stopped early after row {step.row + 1} of {step.table.rows}: {saved} UNet calls saved"
 
     def _denoise(self, sample: np.ndarray, row: int) -> np.ndarray:
         """Guidance over one or two halves."""
