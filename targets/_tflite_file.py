@@ -21,11 +21,12 @@ MAX_RANK = 8  # of any tensor LiteRT runs; bounds what a broken length makes the
 
 @dataclass(frozen=True)
 class Tensor:
-    """A tensor of a file: its name there, dtype as numpy spells it, static shape."""
+    """A tensor of a file: its name there, dtype as numpy spells it, static shape, whether its values are stored."""
 
     name: str
     dtype: str
     shape: tuple[int, ...]
+    constant: bool
 
 
 @dataclass(frozen=True)
@@ -80,21 +81,23 @@ def _operations(model: Any) -> list[Operation]:
     for graph in map(model.Subgraphs, range(model.SubgraphsLength())):
         for op in map(graph.Operators, range(graph.OperatorsLength())):
             inputs, outputs = (
-                tuple(_tensor(graph, at(i)) for i in range(length) if at(i) >= 0)
+                tuple(_tensor(model, graph, at(i)) for i in range(length) if at(i) >= 0)
                 for at, length in ((op.Inputs, op.InputsLength()), (op.Outputs, op.OutputsLength()))
             )
             found.append(Operation(names[op.OpcodeIndex()], inputs, outputs))
     return found
 
 
-def _tensor(graph: Any, index: int) -> Tensor:
+def _tensor(model: Any, graph: Any, index: int) -> Tensor:
     from ai_edge_litert import schema_py_generated as schema
 
     tensor = graph.Tensors(index)
     if tensor.ShapeLength() > MAX_RANK:
         raise ValueError(f"a tensor of {tensor.ShapeLength()} dimensions")
     shape = tuple(tensor.Shape(axis) for axis in range(tensor.ShapeLength()))
-    return Tensor(tensor.Name().decode(), _spelled(schema.TensorType)[tensor.Type()].lower(), shape)
+    values = model.Buffers(tensor.Buffer())
+    constant = values.DataLength() > 0 or values.Size() > 0  # inside the flatbuffer or behind it
+    return Tensor(tensor.Name().decode(), _spelled(schema.TensorType)[tensor.Type()].lower(), shape, constant)
 
 
 @functools.cache
@@ -109,7 +112,7 @@ def _signature(model: Any) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     graph = model.Subgraphs(signature.SubgraphIndex())
     sides = ((signature.Inputs, signature.InputsLength()), (signature.Outputs, signature.OutputsLength()))
     inputs, outputs = (
-        {at(i).Name().decode(): _tensor(graph, at(i).TensorIndex()) for i in range(n)} for at, n in sides
+        {at(i).Name().decode(): _tensor(model, graph, at(i).TensorIndex()) for i in range(n)} for at, n in sides
     )
     return inputs, outputs
 

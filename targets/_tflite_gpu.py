@@ -1,8 +1,8 @@
 """The "gpu" form of a TFLite file: mathematics that stays finite in half precision, and the delegate's own rules.
 
 The LiteRT GPU delegate computes in float16 and adds up in float16 too, so a sum above 65504 is infinite.
-`finite_forms` replaces what overflows there by forms that are equal in float32; `check` holds a finished file
-against the delegate's list of operations.
+`delegate_forms` replaces what overflows there by forms that are equal in float32; `check` holds a finished file
+against what the delegate takes.
 """
 
 from __future__ import annotations
@@ -10,12 +10,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from edgesd.errors import GateError
 
 if TYPE_CHECKING:
     import torch
+
     from edgesd.targets._tflite_file import Operation
 
 # What the delegate runs on floats: `CheckGpuDelegateCompatibility` in LiteRT's
@@ -42,6 +43,10 @@ _INPUT_RANKS = {
     ("GATHER", 1): (1,),
     ("EMBEDDING_LOOKUP", 0): (1,),
 }
+
+# A stored operand of more dimensions than the other is lined up by the first, where the format lines up the last:
+# [4,24,24] + stored [1,1,24,24] passes the compatibility check and comes out wrong (GPU accelerator of LiteRT 2.3).
+BINARY = frozenset({"ADD", "SUB", "MUL", "DIV", "MAXIMUM", "MINIMUM", "POW", "SQUARED_DIFFERENCE"})
 
 SMALLEST_NORMAL_FP16 = 2.0**-14
 # Phi(x) = sigmoid(2 x P((x/5)^2)) for |x| <= 5: least squares fit of atanh(erf(x/sqrt 2))/x. GELU is within 4e-6 for
@@ -110,8 +115,19 @@ def finite_layer_norm(
     return y if bias is None else y + bias
 
 
-def finite_forms() -> AbstractContextManager:
-    """A context in which torch's norms and GELU are computed in the forms above, whatever module calls them."""
+def add(x: torch.Tensor, y: Any, **options: Any) -> torch.Tensor:
+    """x + y, where a mask [1,1,S,S] meets the scores of all heads in 3 dimensions, as the converter leaves those."""
+    import torch
+
+    masks_heads = isinstance(y, torch.Tensor) and x.dim() == y.dim() == 4 and x.shape[0] == 1 and y.shape[:2] == (1, 1)
+    if masks_heads and x.shape[1] > 1:
+        return torch.add(x[0], y[0], **options).unsqueeze(0)
+    return torch.add(x, y, **options)
+
+
+def delegate_forms() -> AbstractContextManager:
+    """A context in which torch's norms, GELU and masks are computed in the forms above, whatever module calls them."""
+    import torch
     from torch.nn import functional
     from torch.overrides import TorchFunctionMode
 
@@ -119,17 +135,18 @@ def finite_forms() -> AbstractContextManager:
         functional.group_norm: finite_group_norm,
         functional.layer_norm: finite_layer_norm,
         functional.gelu: finite_gelu,
+        torch.Tensor.add: add,
     }
 
-    class FiniteForms(TorchFunctionMode):
+    class DelegateForms(TorchFunctionMode):
         def __torch_function__(self, func, types, args=(), kwargs=None):
             return swaps.get(func, func)(*args, **({} if kwargs is None else kwargs))
 
-    return FiniteForms()
+    return DelegateForms()
 
 
 def check(operations: Iterable[Operation]) -> None:
-    """Raises GateError at the first operation the GPU delegate refuses: its name, why, and where it stands."""
+    """Raises GateError at the first operation the delegate refuses or miscomputes: its name, why, where it stands."""
     for index, operation in enumerate(operations):
         reason = _refusal(operation)
         if reason is not None:
@@ -141,14 +158,21 @@ def check(operations: Iterable[Operation]) -> None:
 
 
 def _refusal(operation: Operation) -> str | None:
+    inputs = operation.inputs
     if operation.name not in ALLOWED:
         return "is not an operation of the GPU delegate"
-    for tensor in (*operation.inputs, *operation.outputs):
+    for tensor in (*inputs, *operation.outputs):
         if len(tensor.shape) > MAX_RANK:
             return f"has a tensor of {len(tensor.shape)} dimensions, {list(tensor.shape)}"
         if tensor.dtype not in ALLOWED_TYPES:
             return f"has a tensor of {tensor.dtype}"
     for (name, position), ranks in _INPUT_RANKS.items():
-        if name == operation.name and len(operation.inputs[position].shape) not in ranks:
-            return f"has input {position} of shape {list(operation.inputs[position].shape)}"
+        if name == operation.name and len(inputs[position].shape) not in ranks:
+            return f"has input {position} of shape {list(inputs[position].shape)}"
+    if operation.name == "EMBEDDING_LOOKUP" and not inputs[1].constant:
+        return "looks up in a table that is not stored as float32 or int8"
+    if operation.name in BINARY and len(inputs) == 2:
+        short, long = sorted(inputs, key=lambda tensor: len(tensor.shape))
+        if long.constant and 1 < len(short.shape) < len(long.shape) and short.shape[0] > 1:
+            return f"has a stored operand of higher rank, {list(short.shape)} and {list(long.shape)}"
     return None

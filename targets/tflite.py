@@ -14,19 +14,18 @@ from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edgesd.targets import Capabilities, Lowered, OpCount, _tflite_file, _tflite_gpu
-
 from edgesd.errors import DataError, GateError, RequestError
-from edgesd.manifest import TensorSpec
+from edgesd.manifest import Downgrade, TensorSpec
+from edgesd.targets import Capabilities, Lowered, OpCount, _tflite_file, _tflite_gpu
 
 if TYPE_CHECKING:
     import numpy as np
     import torch
-    from edgesd.targets._session import Call
 
     from edgesd.manifest import Axes, Manifest, Variant
     from edgesd.models.modules import Component
     from edgesd.runtime.session import Session
+    from edgesd.targets._session import Call
 
 name = "tflite"
 extra = "litert"
@@ -81,10 +80,17 @@ def lower(component: Component, axes: Axes, directory: Path, **options: Any) -> 
         made = Path(scratch) / "float32.tflite"
         _convert(component, made, axes)
         if axes.precision == "fp16":
-            made = _halve_weights(made, Path(scratch) / "float16.tflite")
+            made = _halve_weights(made, Path(scratch) / "float16.tflite", tables=axes.form != "gpu")
         _check_made(made, axes, inputs, component.outputs)
         os.replace(made, directory / file)
-    return Lowered(files=(file,), inputs=inputs, outputs=tuple(component.outputs))
+    return Lowered((file,), inputs, tuple(component.outputs), _downgrades(component, axes))
+
+
+def _downgrades(component: Component, axes: Axes) -> tuple[Downgrade, ...]:
+    if (axes.precision, axes.form) != ("fp16", "gpu") or not component.name.startswith("text_encoder"):
+        return ()
+    why = "the GPU delegate looks up in float32 tables only"
+    return (Downgrade(component=component.name, what="embedding table kept in float32", why=why),)
 
 
 def _check_request(axes: Axes, options: dict[str, Any]) -> None:
@@ -167,29 +173,28 @@ def _named(component: Component, *, gpu: bool) -> torch.nn.Module:
             self.component = component.module
 
         def forward(self, **inputs: torch.Tensor) -> dict[str, torch.Tensor]:
-            with _tflite_gpu.finite_forms() if gpu else contextlib.nullcontext():
+            with _tflite_gpu.delegate_forms() if gpu else contextlib.nullcontext():
                 made = self.component(*(inputs[key] for key in input_names))
             return dict(zip(output_names, made if isinstance(made, tuple) else (made,), strict=True))
 
     return Named().eval()
 
 
-def _halve_weights(source: Path, target: Path) -> Path:
-    """Stores convolution, linear and embedding weights as float16, a dequantize behind each; the rest stays float32."""
+def _halve_weights(source: Path, target: Path, *, tables: bool) -> Path:
+    """Stores convolution and linear weights as float16, a dequantize behind each; embedding tables too if `tables`."""
     with contextlib.redirect_stdout(io.StringIO()):
         from ai_edge_quantizer import qtyping, quantizer
 
-        casting = quantizer.Quantizer(str(source))
-        casting.update_quantization_recipe(
-            regex=".*",
-            operation_name=qtyping.TFLOperationName.ALL_SUPPORTED,
-            op_config=qtyping.OpQuantizationConfig(
-                weight_tensor_config=qtyping.TensorQuantizationConfig(num_bits=16, dtype=qtyping.TensorDataType.FLOAT),
-                compute_precision=qtyping.ComputePrecision.FLOAT,
-                explicit_dequantize=True,
-            ),
-            algorithm_key="float_casting",
+        kinds = qtyping.TFLOperationName
+        half = qtyping.OpQuantizationConfig(
+            weight_tensor_config=qtyping.TensorQuantizationConfig(num_bits=16, dtype=qtyping.TensorDataType.FLOAT),
+            compute_precision=qtyping.ComputePrecision.FLOAT,
+            explicit_dequantize=True,
         )
+        casting = quantizer.Quantizer(str(source))
+        layers = (kinds.CONV_2D, kinds.DEPTHWISE_CONV_2D, kinds.CONV_2D_TRANSPOSE, kinds.FULLY_CONNECTED)
+        for kind in (*layers, kinds.EMBEDDING_LOOKUP) if tables else layers:
+            casting.update_quantization_recipe(".*", kind, half, "float_casting")
         casting.quantize().export_model(str(target))
     return target
 

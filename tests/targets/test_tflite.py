@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import tiny
 import torch
-from edgesd.targets import _tflite_file, _tflite_gpu, tflite
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
@@ -30,6 +29,7 @@ from edgesd.manifest import (
 )
 from edgesd.models import load
 from edgesd.models import modules as m
+from edgesd.targets import _tflite_file, _tflite_gpu, tflite
 
 pytest.importorskip("litert_torch")
 AXES = Axes(size_px=tiny.SIZE_PX)
@@ -90,6 +90,21 @@ def text_file(tmp_path_factory):
     return directory / "text_encoder.tflite"
 
 
+@pytest.fixture(scope="module")
+def on_gpu(tmp_path_factory):
+    """Opens a file in LiteRT's GPU accelerator; a software Vulkan driver is enough."""
+    from ai_edge_litert.compiled_model import CompiledModel
+    from ai_edge_litert.hardware_accelerator import HardwareAccelerator
+
+    directory = tmp_path_factory.mktemp("gpu")
+    relu = tflite.lower(toy(torch.nn.ReLU(), (1, 4), outputs=(("out", (1, 4)),)), AXES, directory)
+    try:
+        CompiledModel.from_file(str(directory / relu.files[0]), HardwareAccelerator.GPU)
+    except RuntimeError:
+        pytest.skip("LiteRT's GPU accelerator finds no adapter here")
+    return lambda path: CompiledModel.from_file(str(path), HardwareAccelerator.GPU)
+
+
 @pytest.mark.parametrize("name", ["text_encoder", "unet", "vae_decoder", "vae_encoder"])
 def test_the_embedded_model_equals_torch(name, embedded, tmp_path):
     axes = Axes(size_px=embedded.spec.defaults.size_px)
@@ -115,20 +130,71 @@ def test_half_precision_weights_of_every_form(name, family, form, tmp_path):
     kinds = (torch.nn.Linear, torch.nn.Conv2d, torch.nn.Embedding)
     layers = sum(isinstance(module, kinds) for module in component.module.modules())
     assert {op.inputs[0].dtype for op in stored} == {"float16"}
-    assert len(stored) >= layers - 1  # the position embedding is added, not looked up
+    unstored = {"": 1, "gpu": 2}[form] if name.startswith("text") else 0  # positions are added; the table: below
+    assert len(stored) >= layers - unstored
 
 
-def test_the_gpu_form_of_a_unet_is_equal_and_passes_both_checks(tmp_path):
+def check_gpu_form(component, directory):
     from ai_edge_litert import _pywrap_analyzer_wrapper as analyzer
 
-    axes = AXES.model_copy(update={"form": "gpu"})
-    path, db = parity(m.build("unet", tiny.modules("lcm"), tiny.spec("lcm"), axes), axes, tmp_path)
+    path, db = parity(component, AXES.model_copy(update={"form": "gpu"}), directory)
     assert db >= 90
-    _tflite_gpu.check(_tflite_file.read_operations(path))
     assert "compatible with GPU delegate" in analyzer.ModelAnalyzer(str(path), True, True)
     names = {name for name, _ in tflite.count_operations(path).counts}
     assert "REDUCE_MAX" in names
     assert not names & {"GELU", "SQUARED_DIFFERENCE"}  # the forms that overflow in float16 are gone
+
+
+def test_the_gpu_form_of_a_transformer_block_is_equal_and_passes_both_checks(tmp_path):
+    unet = m.build("unet", tiny.modules(), tiny.spec(), AXES).module.unet
+    block = unet.down_blocks[0].attentions[0]  # group norm, layer norms, both attentions, GEGLU
+    shape = (1, 16, 8, 12)
+    call = Call(lambda states, text: block(states, encoder_hidden_states=text, return_dict=False)[0])
+    call.block = block
+    check_gpu_form(toy(call, shape, (1, tiny.TOKENS, tiny.TEXT), outputs=(("out", shape),)), tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["lcm", "sdxl"])
+def test_the_gpu_form_of_a_whole_unet_is_equal_and_passes_both_checks(family, tmp_path):
+    axes = AXES.model_copy(update={"batch": 2})
+    check_gpu_form(m.build("unet", tiny.modules(family), tiny.spec(family), axes), tmp_path)
+
+
+def test_the_gpu_form_keeps_its_lookup_table_in_float32_and_says_so(tmp_path):
+    component = m.build("text_encoder", tiny.modules(), tiny.spec(), AXES)
+    for form, dtype, told in (("", "float16", 0), ("gpu", "float32", 1)):
+        axes = AXES.model_copy(update={"precision": "fp16", "form": form})
+        lowered = tflite.lower(component, axes, tmp_path)
+        operations = _tflite_file.read_operations(tmp_path / lowered.files[0])
+        lookup = next(op for op in operations if op.name == "EMBEDDING_LOOKUP")
+        table = {op.outputs[0].name: op.inputs[0] for op in operations if op.name == "DEQUANTIZE"}
+        assert table.get(lookup.inputs[1].name, lookup.inputs[1]).dtype == dtype
+        assert len(lowered.downgrades) == told
+
+
+def test_operands_that_the_delegate_lines_up_wrongly_are_refused(text_file):
+    with pytest.raises(GateError, match=r"ADD .* a stored operand of higher rank, \[2, 12, 12\] and \[1, 1, 12, 12\]"):
+        _tflite_gpu.check(_tflite_file.read_operations(text_file))  # the mask of the plain form
+
+
+@pytest.mark.parametrize("name", ["text_encoder", "vae_decoder"])
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_the_gpu_form_runs_in_litert_s_gpu_accelerator(name, precision, on_gpu, tmp_path):
+    axes = AXES.model_copy(update={"precision": precision, "form": "gpu"})
+    component = m.build(name, tiny.modules("sd1", "full"), tiny.spec("sd1", "full"), axes)
+    lowered = tflite.lower(component, axes, tmp_path)
+    model = on_gpu(tmp_path / lowered.files[0])
+    assert model.is_fully_accelerated()
+    (key,) = model.get_signature_list()
+    (given,), (made,) = lowered.inputs, lowered.outputs
+    inputs = {given.name: model.create_input_buffer_by_name(key, given.name)}
+    outputs = {made.name: model.create_output_buffer_by_name(key, made.name)}
+    inputs[given.name].write(component.example[0].numpy().astype(given.dtype))
+    model.run_by_name(key, inputs, outputs)
+    got = np.array(outputs[made.name].read(int(np.prod(made.shape)), np.float32)).reshape(made.shape)
+    with torch.no_grad():
+        assert snr_db(component.module(*component.example), got) >= {"fp32": 80, "fp16": 45}[precision]
 
 
 def test_weights_halve(embedded, tmp_path):
