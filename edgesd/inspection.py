@@ -155,6 +155,7 @@ def samplers(steps: int) -> Sheet:
     Raises SetupError where the packaging libraries are missing.
     """
     try:
+        from edgesd.sampling.schedules import SAMPLERS, SIGMAS
         from edgesd.sampling.schedules import describe as describe_samplers
 
         found = [asdict(one) for one in describe_samplers(steps)]
@@ -164,13 +165,22 @@ def samplers(steps: int) -> Sheet:
             "the packaging libraries",
             'Run pip install "edgesd[package]"; edgesd inspect lists what a bundle holds',
         ) from None
-    titles = tuple(key.replace("_", " ") for key in found[0])
-    rows = tuple(tuple(_cell(value) for value in one.values()) for one in found)
-    return Sheet({"steps": steps, "samplers": found}, (Section(f"Samplers at {steps} steps", titles, rows),))
-
-
-def _cell(value: Any) -> str:
-    return ("yes" if value else "") if isinstance(value, bool) else str(value)
+    names = {one["name"] for one in found}
+    rows = tuple(
+        (
+            one["name"],
+            one["scheduler"].removesuffix("Scheduler"),
+            "stochastic" if one["stochastic"] else "",
+            one["family"],
+            ", ".join(form for form in SIGMAS if f"{one['name']}_{form}" in names),
+            "too many steps" if one["calls"] is None else str(one["calls"]),
+        )
+        for one in found
+        if one["name"] in SAMPLERS
+    )
+    titles = ("name", "diffusers scheduler", "", "family", "forms", "UNet calls")
+    note = "A form is part of the name: euler_karras. Guidance doubles the calls of the rows it covers."
+    return Sheet({"steps": steps, "samplers": found}, (Section(f"Samplers at {steps} steps", titles, rows, note),))
 
 
 # ---- cache -----------------------------------------------------------------------------------------------------
