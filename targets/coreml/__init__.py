@@ -12,17 +12,16 @@ from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edgesd.targets import Capabilities, Lowered, OpCount
-
 from edgesd.errors import DataError, RequestError
+from edgesd.targets import Capabilities, Lowered, OpCount
 
 if TYPE_CHECKING:
     import numpy as np
-    from edgesd.targets._session import Call
 
     from edgesd.manifest import Axes, Manifest, Variant
     from edgesd.models.modules import Component
     from edgesd.runtime.session import Session
+    from edgesd.targets._session import Call
 
 name = "coreml"
 extra = "coreml"
@@ -141,6 +140,7 @@ def open(
 
 def _run_in_core_ml(package: Path, units: str) -> Call:
     import coremltools as ct
+
     from edgesd.targets.coreml.package import Package
 
     Package(package)  # says in clear words what is missing or too new

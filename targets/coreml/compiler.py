@@ -16,10 +16,10 @@ from typing import Any
 import numpy as np
 import psutil
 import torch
-from edgesd.targets.coreml.operations import MOVES, OPERATIONS
-from edgesd.targets.coreml.package import REDO, Operation, Package, TensorType
 
 from edgesd.errors import DataError, SetupError
+from edgesd.targets.coreml.operations import MOVES, OPERATIONS
+from edgesd.targets.coreml.package import REDO, Operation, Package, TensorType
 
 KINDS = {"float16": torch.float32, "float32": torch.float32, "bool": torch.bool}  # integers: int32
 FAULTS = (RuntimeError, ValueError, IndexError, TypeError, KeyError, AttributeError, OverflowError, MemoryError)

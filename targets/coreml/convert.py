@@ -2,30 +2,25 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 import json
-import logging
 import os
 import shutil
 import subprocess
 import sys
 import tempfile
 import uuid
-import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from edgesd.targets import Lowered
-from edgesd.targets.coreml.attention import split_einsum
-from edgesd.targets.coreml.chunks import passed_on, unet_chunks
-from edgesd.targets.coreml.package import Package
 
 from edgesd.errors import GateError, RequestError
 from edgesd.manifest import Axes, Downgrade, TensorSpec
 from edgesd.models.modules import Component
+from edgesd.targets import Lowered
+from edgesd.targets.coreml.attention import split_einsum
+from edgesd.targets.coreml.chunks import passed_on, unet_chunks
+from edgesd.targets.coreml.package import Package, quiet
 
 MODEL = "com.apple.CoreML/model.mlmodel"
 _PARTS = (
@@ -104,7 +99,7 @@ def _convert(
     path: Path,
 ) -> None:
     """Writes the package. Raises GateError for an operation that coremltools cannot express."""
-    with _quiet():
+    with quiet():
         import coremltools as ct
         import numpy as np
 
@@ -194,21 +189,3 @@ def _compile(package: Path) -> bool:
         raise GateError(f"coremlcompiler refuses {package.name}: {done.stderr.strip()[:300]}", "a package it compiles",
                         "Report this as a bug")  # fmt: skip
     return True
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Keeps coremltools' notices and progress bars off the terminal; its errors still come through."""
-    logger = logging.getLogger("coremltools")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with (
-            warnings.catch_warnings(),
-            contextlib.redirect_stdout(io.StringIO()),
-            contextlib.redirect_stderr(io.StringIO()),
-        ):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logger.setLevel(level)

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from edgesd.targets.coreml.compiler import FAULTS, Compiler, fault, torch_type
-from edgesd.targets.coreml.package import Package
 
 from edgesd.errors import RequestError
+from edgesd.targets.coreml.compiler import FAULTS, Compiler, fault, torch_type
+from edgesd.targets.coreml.package import Package
 
 
 class Program:

@@ -12,10 +12,11 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from edgesd.targets.coreml import layers
-from edgesd.targets.coreml.layers import INTEGERS, pad_sides
 from torch import Tensor
 from torch.nn import functional
+
+from edgesd.targets.coreml import layers
+from edgesd.targets.coreml.layers import INTEGERS, pad_sides
 
 Ints = Sequence[int]
 

@@ -6,9 +6,13 @@ what this reader does not know (a newer version, a loop, another number type) is
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
+import logging
 import math
 import struct
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -179,7 +183,8 @@ def _model_path(folder: Path) -> Path:
 
 
 def _read_spec(path: Path) -> Any:
-    from coremltools.proto import Model_pb2
+    with quiet():
+        from coremltools.proto import Model_pb2
     from google.protobuf.message import DecodeError
 
     name = path.parents[2].name
@@ -216,3 +221,23 @@ def _tensor_type(kind: Any, where: str) -> TensorType:
 def _where(index: int, saved: Any) -> str:
     name = saved.outputs[0].name if saved.outputs else "?"
     return f"operation {index} ({saved.type[:64]} {name[:80]!r})"
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Keeps coremltools' notices and progress bars off the terminal (and torch's, which it provokes); errors come."""
+    loggers = [logging.getLogger(name) for name in ("coremltools", "torch", "torch.utils._pytree")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        with (
+            warnings.catch_warnings(),
+            contextlib.redirect_stdout(io.StringIO()),
+            contextlib.redirect_stderr(io.StringIO()),
+        ):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
