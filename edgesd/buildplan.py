@@ -9,11 +9,12 @@ import json
 import math
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from edgesd import targets
-from edgesd.errors import DataError, RequestError
+from edgesd.errors import RequestError
 from edgesd.manifest import Axes
+from edgesd.models.facts import safetensors_header
 from edgesd.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -31,7 +32,6 @@ WEIGHT_BYTES = {"fp32": 4, "fp16": 2}
 PEAK_FACTOR = {"onnx-web": 3.2, "openvino": 3.0, "tflite": 5.0, "coreml": 4.5}
 LIBRARIES_BYTES = {"onnx-web": 900 << 20, "openvino": 900 << 20, "tflite": 1600 << 20, "coreml": 1000 << 20}
 GRAPH_BYTES = 1 << 20  # what a file holds beside weights, about
-MAX_HEADER_BYTES = 100 << 20
 
 
 @dataclass(frozen=True)
@@ -213,16 +213,7 @@ def _tensors(folder: Path) -> list[tuple[str, int]]:
     """(name, elements) of every tensor in a part's weights; one set of files where several precisions lie there."""
     files = sorted(folder.glob("*.safetensors"))
     plain = [f for f in files if ".fp16." not in f.name and ".non_ema." not in f.name]
-    found = []
+    found: list[tuple[str, int]] = []
     for path in plain if plain else files:
-        with path.open("rb") as stream:
-            size = int.from_bytes(stream.read(8), "little")
-            data = stream.read(size) if size <= MAX_HEADER_BYTES else b""
-        try:
-            header: dict[str, Any] = json.loads(data)
-            found += [(k, math.prod(v["shape"])) for k, v in header.items() if k != "__metadata__"]
-        except (ValueError, KeyError, TypeError, AttributeError):
-            raise DataError(
-                f"{folder.name}/{path.name} has no safetensors header", "whole weights", "Download it again"
-            ) from None
+        found += [(name, math.prod(entry["shape"])) for name, entry in safetensors_header(path).items()]
     return found

@@ -13,6 +13,7 @@ from edgesd.errors import DataError, RequestError
 from edgesd.manifest import Defaults, LatentSpec, ModelSpec, TokenizerSpec
 
 TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
+MAX_HEADER_BYTES = 100 << 20
 HASHED = (".json", ".safetensors", ".txt")
 # What each family's pipeline takes where the user says nothing (diffusers' own defaults).
 _GUIDANCE = {"sdxl": 5.0, "sdxl_refiner": 5.0}
@@ -32,6 +33,22 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(loaded, dict):
         raise DataError(f"{name} holds no object", "a whole diffusers folder", "Download the model again")
     return loaded
+
+
+def safetensors_header(path: Path) -> dict[str, dict[str, Any]]:
+    """Tensor name -> {"dtype", "shape"} of a safetensors file, no weight read. Raises DataError for a broken one."""
+    try:
+        with path.open("rb") as stream:
+            size = int.from_bytes(stream.read(8), "little")
+            header = json.loads(stream.read(size) if size <= MAX_HEADER_BYTES else b"")
+        header.pop("__metadata__", None)
+        for entry in header.values():
+            if not isinstance(entry["dtype"], str) or any(type(side) is not int or side < 0 for side in entry["shape"]):
+                raise ValueError("a tensor without dtype or shape")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        came = f"{path.parent.name}/{path.name} has no safetensors header"
+        raise DataError(came, "whole weights", "Download it again") from None
+    return header
 
 
 def text_encoders(index: Mapping[str, Any]) -> tuple[str, ...]:

@@ -6,25 +6,24 @@ configs here, once, into a `ModelSpec`; no other room guesses.
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from edgesd.errors import DataError, RequestError, SetupError
+from edgesd.errors import DataError, RequestError
 from edgesd.manifest import ModelSpec
 from edgesd.models.facts import licence, read_json, read_spec, source_hash, text_encoders, tokenizer_of
+from edgesd.models.library import hub_folder, quiet
 from edgesd.models.weights import SIDECAR, load_module
 
 if TYPE_CHECKING:
     import torch
 
 EMBEDDED = "shapes"
-SUPPORTED = "diffusers folders and hub ids of Stable Diffusion 1.x, 2.x and XL with a UNet2DConditionModel"
-_TALKATIVE = ("diffusers", "transformers", "torchao", "torch.utils._pytree", "huggingface_hub")
+SUPPORTED = "diffusers folders, .safetensors files and hub ids of Stable Diffusion 1.x, 2.x and XL"
+WANTED = ["model_index.json", "*/config.json", "*.safetensors", "scheduler/*", "tokenizer*/*", "README.md", SIDECAR]
 # Public tiny VAEs (MIT) for checkpoints whose own VAE is an AutoencoderKL, by the family's latents.
 TINY_VAE = {"sd": "madebyollin/taesd", "sdxl": "madebyollin/taesdxl"}
 
@@ -71,16 +70,19 @@ def open_checkpoint(
     *,
     unet: str | None = None,
     text_encoder: str | None = None,
+    tokenizer: str | None = None,
+    prediction: str | None = None,
 ) -> Checkpoint:
     """Reads a checkpoint's configs and hashes its files.
 
-    source: None or "shapes" for the embedded model, a diffusers folder, or a hub id.
+    source: None or "shapes" for the embedded model, a diffusers folder, a .safetensors file, or a hub id.
     vae: None = the checkpoint's own, "full" = its own and it must be AutoencoderKL, "tiny" = its own if it is an
     AutoencoderTiny, else the public tiny VAE of its family, or a folder that holds a VAE.
-    unet, text_encoder: folders that hold another one, or pipelines with one.
+    unet, text_encoder: folders that hold another one, or pipelines with one. tokenizer, prediction: for a single file
+    (see `single_file.convert`); a folder says both itself.
     Raises RequestError (not a pipeline, unsupported denoiser), DataError (parts missing), SetupError (no hub).
     """
-    folder, name, commit = resolve(source, revision)
+    folder, name, commit = resolve(source, revision, tokenizer, prediction)
     encoders = text_encoders(check(folder, name))
     sidecar = read_json(folder / SIDECAR) if (folder / SIDECAR).exists() else {}
     parts = {part: folder / part for part in (*encoders, "unet")}
@@ -110,30 +112,10 @@ def load_parts(checkpoint: Checkpoint, only: Iterable[str] | None = None) -> Loa
     return LoadedModel(**{f.name: getattr(checkpoint, f.name) for f in fields(Checkpoint)}, modules=modules)
 
 
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Keeps the model libraries' notices and progress bars off the terminal; their errors still come through."""
-    import diffusers.utils.logging as diffusers_logging  # importing them sets their loggers' levels, so it comes first
-    import transformers.utils.logging as transformers_logging
-
-    loggers = [(logging.getLogger(name), logging.getLogger(name).level) for name in _TALKATIVE]
-    bars = transformers_logging.is_progress_bar_enabled(), diffusers_logging.is_progress_bar_enabled()
-    for logger, _ in loggers:
-        logger.setLevel(logging.ERROR)
-    transformers_logging.disable_progress_bar()
-    diffusers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        for logger, level in loggers:
-            logger.setLevel(level)
-        for library, enabled in zip((transformers_logging, diffusers_logging), bars, strict=True):
-            if enabled:
-                library.enable_progress_bar()
-
-
-def resolve(source: str | None, revision: str | None = None) -> tuple[Path, str, str]:
-    """(folder, name, revision) of a source; a hub id is downloaded (only what edgesd reads)."""
+def resolve(
+    source: str | None, revision: str | None = None, tokenizer: str | None = None, prediction: str | None = None
+) -> tuple[Path, str, str]:
+    """(folder, name, revision) of a source; a hub id is downloaded (only what edgesd reads), a file converted."""
     if source is None or source == EMBEDDED:
         return embedded_folder(), EMBEDDED, ""
     path = Path(source).expanduser()
@@ -145,28 +127,13 @@ def resolve(source: str | None, revision: str | None = None) -> tuple[Path, str,
             SUPPORTED,
             "Convert it where you trust it: diffusers' from_single_file, then save_pretrained; pass that folder",
         )
+    if path.is_file() and path.suffix == ".safetensors":
+        from edgesd.models.single_file import convert
+
+        return convert(path, tokenizer, prediction), path.stem, ""
     if path.exists() or source.count("/") != 1 or source.startswith((".", "/", "~")) or "\\" in source:
         raise RequestError(f"no model at {source!r}", f"{SUPPORTED}; {EMBEDDED!r} is embedded", "Check the path or id")
-    return _download(source, revision)
-
-
-def _download(source: str, revision: str | None) -> tuple[Path, str, str]:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
-
-    wanted = ["model_index.json", "*/config.json", "*.safetensors", "scheduler/*", "tokenizer*/*", "README.md", SIDECAR]
-    try:
-        folder = Path(snapshot_download(source, revision=revision, allow_patterns=wanted))
-    except RepositoryNotFoundError:
-        raise RequestError(
-            f"the hub has no model {source!r}", f"{SUPPORTED}; {EMBEDDED!r} is embedded", "Check the id, or log in"
-        ) from None
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        raise SetupError(
-            f"the model hub cannot be reached for {source!r} ({type(error).__name__})",
-            "a reachable hub, a cached model, or a local folder",
-            "Check the network, or download the model elsewhere and pass its folder",
-        ) from None
+    folder = hub_folder(source, revision, WANTED)
     return folder, source, folder.name
 
 
