@@ -17,9 +17,10 @@ from edgesd.runtime import image as images
 from edgesd.runtime import loop, state
 from edgesd.runtime.cache import PromptCache
 from edgesd.runtime.canvas import BatchNoise, Canvas, Start, blank, concatenates, latent_shape
+from edgesd.runtime.governed import Change, Governor, Replay
 from edgesd.runtime.noise import Purpose
 from edgesd.runtime.pipeline import Pipeline
-from edgesd.runtime.plan import combine, make_plan
+from edgesd.runtime.plan import RunPlan, combine, make_plan
 from edgesd.runtime.settings import MAX_IMAGES, Settings, check, resolve
 from edgesd.runtime.table import SamplerTable
 from edgesd.runtime.text import Conditions, conditions
@@ -92,12 +93,13 @@ def sample(
     cache: PromptCache | None = None,
     refiner: Pipeline | None = None,
     resume: state.State | None = None,
+    governor: Governor | None = None,
 ) -> Iterator[loop.Step | Picture]:
     """Yields a `loop.Step` per row, then the `Picture`. Closing the generator cancels.
 
     resume: a `step.state` of an earlier run with the same arguments; the picture equals the uninterrupted one's bits.
     """
-    for event in sample_batch(pipeline, [settings], start, cache, refiner, resume):
+    for event in sample_batch(pipeline, [settings], start, cache, refiner, resume, governor):
         if isinstance(event, list):
             yield event[0]
         else:
@@ -111,17 +113,22 @@ def sample_batch(
     cache: PromptCache | None = None,
     refiner: Pipeline | None = None,
     resume: state.State | None = None,
+    governor: Governor | None = None,
 ) -> Iterator[loop.Step | list[Picture]]:
     """Several pictures in step: they may differ in prompt, negative prompt, seed and index alone.
 
     A batch shares each UNet call where the session takes more than one row; its pictures equal those drawn alone up to
-    the rounding of the runtime.
+    the rounding of the runtime. governor: a policy, asked before every step; what it changed is in the pictures'
+    settings, and settings with changes repeat them.
     """
     first = check(several[0])
     if (refiner is None) != (first.refiner_start is None):
         raise RequestError("half a refiner", "a second model together with refiner_start", "Pass both or neither")
     if resume is not None and (refiner is not None or first.early_stop is not None):
         raise RequestError("a run to resume with a refiner or early stop", "one without", "Draw the picture anew")
+    governor = Replay(first.changes) if governor is None and first.changes else governor
+    if governor is not None and (refiner is not None or resume is not None):
+        raise RequestError("a policy's run with a refiner or to resume", "one without", "Draw the picture anew")
     cache = PromptCache() if cache is None else cache
     table = pipeline.table(first.sampler, first.num_inference_steps)
     at = table.start_row(first.strength) if start is not None else 0
@@ -131,7 +138,8 @@ def sample_batch(
     stage = _Stage(pipeline, table, several, noise, cache, canvas)
     latents = state.init_latents(table, noise(0, Purpose.START)) if canvas is None else canvas.begin(at)
     end = table.rows if refiner is None else handover_row(table, first)
-    yield from stage.run(latents, at, end, resume)
+    yield from stage.run(latents, at, end, resume, governor)
+    changes = tuple(stage.changes)
     calls, steps_run = stage.calls, stage.rows_run
     if refiner is not None and stage.last is not None:
         other = refiner.table(first.sampler, first.num_inference_steps)
@@ -143,12 +151,12 @@ def sample_batch(
     if step is None:
         raise RequestError("a run without steps", "at least one", "Raise the steps or the strength")
     final = step.latents if step.last else step.denoised
-    notes = () if step.last else (stage.early(step),)
+    notes = (*(c.describe() for c in changes), *(() if step.last else (stage.early(step),)))
     calls //= len(several)
     decoder = pipeline if refiner is None else refiner
     yield [
         Picture(decode(decoder, final[i : i + 1]), final[i : i + 1], s, calls, steps_run, cut, notes)
-        for i, (s, cut) in enumerate(zip(several, stage.truncated, strict=True))
+        for i, (s, cut) in enumerate(zip((replace(s, changes=changes) for s in several), stage.truncated, strict=True))
     ]
 
 
@@ -187,7 +195,8 @@ def decode(pipeline: Pipeline, latents: np.ndarray) -> np.ndarray:
 class _Stage:
     """One model's share of a run: its table, its plan, and its UNet with all that it is told.
 
-    After `run`: last, the step it ended with; calls, UNet rows computed; rows_run; truncated, by picture.
+    After `run`: last, the step it ended with; calls, UNet rows computed; rows_run; truncated, by picture; changes, what
+    a governor had its way with.
     """
 
     def __init__(
@@ -199,12 +208,8 @@ class _Stage:
         cache: PromptCache,
         canvas: Canvas | None,
     ) -> None:
-        first, embeds = several[0], pipeline.spec.guidance_embedding_dim > 0
-        guidance = first.guidance_scale if first.guidance_scale > 1 and not embeds else 1.0
-        self._plan = make_plan(
-            first.guidance_schedule, table.rows, guidance, until=first.guidance_until, rescale=first.guidance_rescale,
-            early_stop=first.early_stop,
-        )  # fmt: skip
+        self._pipeline, self._first = pipeline, several[0]
+        self._plan = self._plan_for(table, several[0].guidance_until)
         scale = pipeline.spec.latent.downscale
         size_px = (noise.shape[1] * scale, noise.shape[2] * scale)
         self._cond, self.truncated = conditions(pipeline, several, size_px, cache, negative=False)
@@ -216,17 +221,33 @@ class _Stage:
         self._extra = None if canvas is None else canvas.channels()
         self.calls, self.rows_run = 0, 0
         self.last: loop.Step | None = None
+        self.changes: list[Change] = []
+        self._bridges = 0
 
-    def run(self, latents: np.ndarray, at: int, end: int, resume: state.State | None = None) -> Iterator[loop.Step]:
-        """Rows at .. end-1 (fewer with early stop); latents: the UNet's input at row `at`; resume: goes on there."""
+    def _plan_for(self, table: SamplerTable, until: float) -> RunPlan:
+        first, embeds = self._first, self._pipeline.spec.guidance_embedding_dim > 0
+        guidance = first.guidance_scale if first.guidance_scale > 1 and not embeds else 1.0
+        return make_plan(
+            first.guidance_schedule, table.rows, guidance, until=until, rescale=first.guidance_rescale,
+            early_stop=first.early_stop,
+        )  # fmt: skip
+
+    def run(
+        self, latents: np.ndarray, at: int, end: int, resume: state.State | None = None,
+        governor: Governor | None = None,
+    ) -> Iterator[loop.Step]:  # fmt: skip
+        """Rows at .. end-1 (fewer with early stop); latents: the UNet's input at row `at`; resume: goes on there.
+
+        A governor may send the rest of the run through another table.
+        """
+        if governor is not None and self.rows_run == 0:
+            self.changes += governor.ask(0, 0)
         adjust = None if self._canvas is None else self._canvas.adjust
         before: np.ndarray | None = None
-        steps = loop.run(
-            self._table, self._denoise, latents, lambda row: self._noise(row, Purpose.STEP), at, resume, adjust
-        )
+        steps = loop.run(self._table, self._denoise, latents, self._step_noise, at, resume, adjust)
         for row in range(at, at if resume is None else resume.row):
             if self._table.draws[row]:  # a stream, as torch's, must have drawn what the first part drew
-                self._noise(row, Purpose.STEP)
+                self._step_noise(row)
         for step in steps:
             self.last, self.rows_run = step, self.rows_run + 1
             yield step
@@ -237,6 +258,39 @@ class _Stage:
                 if before is not None and self._plan.settled(before, x0):
                     return
                 before = x0
+            if governor is not None and (entered := self._change(step, governor)) is not None:
+                yield from self.run(entered.inputs[0], entered.row, self._table.rows, None, governor)
+                return
+
+    def _step_noise(self, row: int) -> np.ndarray:
+        """A row's normals; after a bridge no row draws what a row before it drew."""
+        return self._noise(row + (self._bridges << 16), Purpose.STEP)
+
+    def _change(self, step: loop.Step, governor: Governor) -> state.State | None:
+        """Lets the governor have its way after `step`; where that is another table, the state to enter it with."""
+        entered = None
+        for change in governor.ask(self.rows_run, self.calls):
+            if change.width != 1:
+                raise RequestError(
+                    f"width {change.width:g} within a picture", "1", "Draw it with a model of that width"
+                )
+            other = self._pipeline.table(self._first.sampler, change.steps)
+            if change.kind != "pause" and other.steps != self._table.steps:
+                bridged = state.bridge(step.table, step.row, step.sample, step.model_output, other)
+                if not 0 < other.rows - bridged.row < step.table.rows - step.row - 1:
+                    continue  # it would save nothing
+                self._enter(other)
+                latents = bridged.inputs[0]
+                latents = latents if self._canvas is None else self._canvas.adjust(latents, bridged.row)
+                entered = state.State(bridged.row, bridged.row, (latents,))
+            self._plan = self._plan_for(self._table, change.guidance_until)
+            self.changes.append(change)
+        return entered
+
+    def _enter(self, table: SamplerTable) -> None:
+        self._table, self._bridges = table, self._bridges + 1
+        if self._canvas is not None:
+            self._canvas = replace(self._canvas, table=table)
 
     def early(self, step: loop.Step) -> str:
         """What to say of a run that ended with `step`."""

@@ -7,6 +7,7 @@ from typing import Any
 
 from edgesd.errors import DataError, RequestError
 from edgesd.manifest import ModelSpec
+from edgesd.runtime.governed import MAX_CHANGES, Change
 from edgesd.runtime.noise import check_seed
 from edgesd.runtime.plan import SCHEDULES
 
@@ -25,7 +26,8 @@ class Settings:
     share of the run with guidance. early_stop: relative change of x0 below which the run ends, None = never.
     original_size, target_size (height, width; None = the picture's), crops_coords_top_left (top, left): what SDXL is
     told of its picture, in px; aesthetic_score, negative_aesthetic_score: what its refiner is told. refiner_start:
-    share of the noise range after which a refiner takes over (diffusers' denoising_end), None = no refiner.
+    share of the noise range after which a refiner takes over (diffusers' denoising_end), None = no refiner. changes:
+    what a policy changed on the way, which repeats without it.
     """
 
     prompt: str
@@ -47,6 +49,7 @@ class Settings:
     aesthetic_score: float = 6.0
     negative_aesthetic_score: float = 2.5
     refiner_start: float | None = None
+    changes: tuple[Change, ...] = ()
 
     @classmethod
     def from_json(cls, data: Any) -> Settings:
@@ -66,7 +69,10 @@ class Settings:
         if not good:
             raise DataError("the picture's settings do not parse", "what edgesd writes", "Give the settings as flags")
         pairs = {name: tuple(data[name]) for name in _PAIRS if data.get(name) is not None}
-        return cls(**{**data, **pairs})
+        listed = data.get("changes", ())
+        if not isinstance(listed, list | tuple) or len(listed) > MAX_CHANGES:
+            raise DataError("the picture's log of changes does not parse", "what edgesd writes", "Draw it anew")
+        return cls(**{**data, **pairs, "changes": tuple(map(Change.from_json, listed))})
 
 
 def resolve(spec: ModelSpec, prompt: str, **given: Any) -> Settings:
