@@ -18,9 +18,9 @@ from importlib import resources
 from pathlib import Path
 
 import numpy as np
-from edgesd.calibration.sets import FORMAT, INDEX, MAX_CALLS, CalibrationSet, CaptureInfo, read_shard, shard_name
 from safetensors.numpy import save as dump_tensors
 
+from edgesd.calibration.sets import FORMAT, INDEX, MAX_CALLS, CalibrationSet, CaptureInfo, read_shard, shard_name
 from edgesd.errors import DataError, RequestError, SetupError
 from edgesd.files import disk_errors, locked, write_whole
 from edgesd.manifest import ModelSpec

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Literal
 
@@ -36,7 +36,7 @@ def allocate(
     by_name = {group.name: group for group in groups}
     price = {name: by_name[name].macs if budget == "macs" else by_name[name].params for name in curves}
     whole = cost.macs if budget == "macs" else cost.params
-    room = _room(curves, by_name, _protected(by_name, protect), careful)
+    room = _room(curves, by_name, protected(by_name, protect), careful)
     most = sum(room[name] * by_name[name].step * price[name] for name in curves)
     if most < ratio * whole:
         raise RequestError(
@@ -55,22 +55,21 @@ def allocate(
     return {name: tuple(sorted(curve.order[taken[name] * by_name[name].step :])) for name, curve in curves.items()}
 
 
-def _protected(by_name: Mapping[str, Group], protect: Sequence[str]) -> set[str]:
+def protected(names: Collection[str], protect: Sequence[str]) -> set[str]:
+    """Names of the groups that the globs match. Raises RequestError for a glob that matches none."""
     found: set[str] = set()
     for pattern in protect:
-        matched = {name for name in by_name if fnmatchcase(name, pattern)}
+        matched = {name for name in names if fnmatchcase(name, pattern)}
         if not matched:
             raise RequestError(
                 f"protected name {pattern!r} matches no group",
-                "globs of group names such as " + ", ".join(list(by_name)[:3]), "Change --protect",
+                "globs of group names such as " + ", ".join(list(names)[:3]), "Change --protect",
             )  # fmt: skip
         found |= matched
     return found
 
 
-def _room(
-    curves: Mapping[str, Curve], by_name: Mapping[str, Group], protected: set[str], careful: float
-) -> dict[str, int]:
+def _room(curves: Mapping[str, Curve], by_name: Mapping[str, Group], whole: set[str], careful: float) -> dict[str, int]:
     """Steps that may go from each group: all of its curve, fewer in the first and last block, none if protected."""
     names = list(curves)
     outer = {_block(names[0]), _block(names[-1])}
@@ -78,7 +77,7 @@ def _room(
     for name, curve in curves.items():
         share = careful if _block(name) in outer else 1.0
         limit = int(share * by_name[name].units) // by_name[name].step
-        room[name] = 0 if name in protected else min(len(curve.errors), limit)
+        room[name] = 0 if name in whole else min(len(curve.errors), limit)
     return room
 
 

@@ -114,7 +114,7 @@ def _moments(
     now = batches[0]
 
     def arrive(group: Group, layer: nn.Module, x: torch.Tensor) -> None:
-        require_finite(f"{group.consumer} ({now.steps})", x)
+        require_finite(f"{group.consumer} (steps {now.steps})", x)
         columns = _columns(layer)
         inputs = features(layer, x) if columns == layer.weight[0].numel() else rows(layer, x)
         sums = found.setdefault(group.name, Moments(columns))

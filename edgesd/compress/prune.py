@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from edgesd.compress.allocate import ALLOCATIONS, CAREFUL, allocate
+from edgesd.compress.allocate import ALLOCATIONS, CAREFUL, allocate, protected
 from edgesd.compress.calls import PARTS, Batch, Recorded, batches
 from edgesd.compress.groups import Group, find_groups
 from edgesd.compress.importance import IMPORTANCE, collect, curve
@@ -74,6 +74,7 @@ def prune(
         raise RequestError(
             f"nothing to prune in {component}", "a component with inner widths", "Choose another component"
         )
+    protected([g.name for g in groups], protect)  # a wrong name is told before the work, not after
     progress("importance", 0, len(groups))
     evidence = collect(dense, groups, lots, importance)
     curves = {}

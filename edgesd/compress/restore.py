@@ -39,21 +39,24 @@ def restore(
     """Cuts `pruned`, a weight-sharing copy of `dense`, to `kept` and restores each consumer, in order of execution.
 
     One pass: all batches wait at each consumer, in the dense model and in the pruned one, whose earlier layers are
-    finished by then. method: "ls", "bias" (means only) or "none". Groups kept whole stay as they are. Raises DataError
-    for activations that are not finite.
+    finished by then. method: "ls", "bias" (means only) or "none". Consumers of groups kept whole are corrected too,
+    once something before them is gone. Raises DataError for activations that are not finite.
     """
-    changed = {g.consumer: g for g in groups if len(kept[g.name]) < g.units}
-    watched = {g.residual for g in changed.values() if g.residual}
+    consumers = {g.consumer: g for g in groups}
+    watched = {g.residual for g in groups if g.residual}
     lanes = [(module, batch.forward) for batch in batches for module in (dense, pruned)]
-    for done, halts in enumerate(lockstep(lanes, changed.keys(), watched)):
-        group = changed[halts[0].name]
-        cut(pruned, group, kept[group.name])
-        layer, channels = pruned.get_submodule(group.consumer), group.channels(kept[group.name])
-        for halt in halts[1::2]:
-            halt.x = halt.x.index_select(1 if isinstance(layer, nn.Conv2d) else -1, channels)
-        if method != "none":
+    begun = False
+    for done, halts in enumerate(lockstep(lanes, consumers.keys(), watched)):
+        group = consumers[halts[0].name]
+        if len(kept[group.name]) < group.units:
+            begun = True
+            cut(pruned, group, kept[group.name])
+            layer, channels = pruned.get_submodule(group.consumer), group.channels(kept[group.name])
+            for halt in halts[1::2]:
+                halt.x = halt.x.index_select(1 if isinstance(layer, nn.Conv2d) else -1, channels)
+        if begun and method != "none":
             _correct(dense, pruned, group, halts, batches, method, ridge)
-        progress(done + 1, len(changed))
+        progress(done + 1, len(consumers))
 
 
 def _correct(
