@@ -14,7 +14,7 @@ from typing import Annotated, Any
 
 import typer
 
-from edgesd.errors import EdgesdError
+from edgesd.errors import EdgesdError, RequestError
 
 app = typer.Typer(
     name="edgesd",
@@ -73,12 +73,26 @@ def generate(
     state: Annotated[
         Path | None, typer.Option("--state", help="Keep the run here; the same command goes on where it stopped.")
     ] = None,
+    policy: Annotated[
+        str | None,
+        typer.Option("--policy", help="Let the device's state decide: balanced, battery, … or a .json file."),
+    ] = None,
+    battery: Annotated[
+        float | None, typer.Option("--battery", help="Charge 0 to 1, running down, in place of sensors.")
+    ] = None,
+    thermal: Annotated[
+        str | None, typer.Option("--thermal", help="nominal, fair, serious or critical, in place of sensors.")
+    ] = None,
+    sensors: Annotated[Path | None, typer.Option("--sensors", help="JSON file with the device's state.")] = None,
+    deadline: Annotated[float | None, typer.Option("--deadline", help="Seconds a picture may take.")] = None,
+    min_steps: Annotated[int, typer.Option("--min-steps", help="The policy's floor; --steps is its ceiling.")] = 1,
     threads: Threads = None,
     device: Device = None,
     as_json: Json = False,
 ) -> None:
     """Draw a picture. Its settings go into the PNG; `--from picture.png` repeats it to the pixel."""
     from edgesd import drawing
+    from edgesd.governing import Governing
     from edgesd.recipe import parse_size
 
     request = drawing.Request(
@@ -89,6 +103,9 @@ def generate(
         refiner_start=refiner_start,
         original_size=None if original_size is None else parse_size(original_size, 1),
     )  # fmt: skip
+    given = (battery, thermal, sensors, deadline)
+    if policy is None and (min_steps != 1 or any(x is not None for x in given)):
+        raise RequestError("the device's state without a policy", "--policy beside it", "Add --policy balanced")
     result = drawing.draw(
         request,
         model,
@@ -99,6 +116,7 @@ def generate(
         threads=threads,
         device=device,
         refiner=refiner,
+        policy=None if policy is None else Governing(policy, *given, min_steps),
     )
     _show(result, as_json, drawing.describe(result))
 

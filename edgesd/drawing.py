@@ -14,12 +14,15 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from edgesd import governing
 from edgesd.errors import DataError, RequestError
 from edgesd.files import cache_folder
+from edgesd.governing import Governing, governed
 from edgesd.runtime import image as images
 from edgesd.runtime.cache import PromptCache
 from edgesd.runtime.canvas import Start
 from edgesd.runtime.generate import REFINER_START, Picture, sample, sample_batch
+from edgesd.runtime.governed import Governor
 from edgesd.runtime.pipeline import Pipeline
 from edgesd.runtime.settings import MAX_IMAGES, Settings, resolve
 from edgesd.runtime.state import State, load_state, save_state
@@ -65,6 +68,7 @@ def draw(
     preview: bool = False,
     state: Path | None = None,
     refiner: str | None = None,
+    policy: Governing | None = None,
     **options: Any,
 ) -> dict[str, Any]:
     """Draws and saves; returns what was made, ready for JSON. Every file appears whole or not at all.
@@ -79,6 +83,8 @@ def draw(
         raise RequestError("a mask without a picture", "--mask together with --image", "Add --image")
     if state is not None and (request.num_images > 1 or (request.seed is None and repeat is None)):
         raise RequestError("--state with a run that cannot be named", "one picture, with --seed", "Add --seed")
+    if policy is not None and (repeat is not None or state is not None or refiner is not None):
+        raise RequestError("--policy beside --from, --state or --refiner", "one or the other", "Leave one out")
     repeated = None if repeat is None else images.read_settings(repeat)
     if repeated is None and (request.prompt is None or not request.prompt.strip()):
         raise RequestError("an empty prompt", "at least one word", "Say what to draw, or repeat a picture with --from")
@@ -89,6 +95,7 @@ def draw(
     if second is not None and settings.refiner_start is None:
         settings = replace(settings, refiner_start=REFINER_START)
     start = _start(pipeline, request)
+    run = None if policy is None else policy.run(pipeline, settings, request.num_inference_steps)
     cache = PromptCache(folder=cache_folder() / "prompts")
     drawn = []
     with progress(request.num_images) as tick:
@@ -96,12 +103,18 @@ def draw(
             path = output if request.num_images == 1 else output.with_stem(f"{output.stem}-{index + 1}")
             one = replace(settings, index=settings.index + index)
             first = time.perf_counter()
+            decision = None if run is None else run.begin()
+            one = one if decision is None else governed(one, decision)
             kept = None if state is None else _Kept(state, pipeline, one)
-            picture = _draw_one(pipeline, one, start, cache, path if preview else None, tick, second, kept)
+            picture = _draw_one(pipeline, one, start, cache, path if preview else None, tick, second, kept, run)
             record = _record(pipeline, picture, start, second)
+            if run is not None and decision is not None:
+                record["decision"] = decision.to_json() | {"policy": run.policy.name}
+                record["notes"] = [*governing.describe(run, decision), *record["notes"]]
             images.save_png(path, picture.image, record)
             if kept is not None:
                 kept.path.unlink(missing_ok=True)
+            record["changes"] = record["settings"]["changes"]
             drawn.append(record | {"path": str(path), "seconds": round(time.perf_counter() - first, 3)})
     return {"pictures": drawn, "seconds": round(time.perf_counter() - began, 3), "cache": cache.stats()}
 
@@ -164,9 +177,10 @@ def _draw_one(
     tick: Callable[[Step | Picture], None],
     refiner: Pipeline | None,
     kept: _Kept | None,
+    governor: Governor | None = None,
 ) -> Picture:
     resume = None if kept is None else kept.load()
-    for event in sample(pipeline, settings, start, cache, refiner, resume):
+    for event in sample(pipeline, settings, start, cache, refiner, resume, governor):
         tick(event)
         if kept is not None and not isinstance(event, Picture):
             save_state(kept.path, event.table, event.state, kept.owner)

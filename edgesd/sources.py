@@ -88,6 +88,7 @@ def open_bundle(folder: Path, verify: bool | None = None, **options: Any) -> Pip
         tokenizers=tuple(PromptTokenizer.from_file(bundle.path(t.file), t) for t in manifest.model.tokenizers),
         table=table,
         identity=f"{manifest.provenance.sha256}-{manifest.target}",
+        steps=lambda name: next((entry.steps for entry in manifest.samplers if entry.name == name), ()),
     )
 
 

@@ -19,6 +19,7 @@ class Pipeline:
     """spec: the model's facts. session: runs its components. tokenizers: in the order of spec.tokenizers.
 
     table: (sampler name, steps) -> SamplerTable; raises RequestError for a sampler or step count it lacks.
+    steps: sampler name -> the step counts it has tables for; None = any.
     identity: a hash of the weights, the key under which prompt embeddings may be cached.
     """
 
@@ -27,3 +28,4 @@ class Pipeline:
     tokenizers: tuple[PromptTokenizer, ...]
     table: Callable[[str, int], SamplerTable]
     identity: str
+    steps: Callable[[str], tuple[int, ...]] | None = None

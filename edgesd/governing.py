@@ -1,0 +1,65 @@
+"""A policy for `edgesd generate`: which sensors it reads, what it may choose from, and what it says for people."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from edgesd.errors import RequestError
+from edgesd.runtime.device import DeviceState, Sensors, constant, default_sensors, from_file
+from edgesd.runtime.governed import PolicyRun
+from edgesd.runtime.pipeline import Pipeline
+from edgesd.runtime.policy import Decision, Limits, load_policy
+from edgesd.runtime.settings import Settings
+
+
+@dataclass(frozen=True)
+class Governing:
+    """What was asked for. policy: a shipped name or a JSON file. battery (0..1), thermal: said in place of sensors.
+
+    sensors: JSON file that another program keeps up to date. deadline_s: for a whole picture. min_steps: the floor.
+    """
+
+    policy: str
+    battery: float | None = None
+    thermal: str | None = None
+    sensors: Path | None = None
+    deadline_s: float | None = None
+    min_steps: int = 1
+
+    def sense(self) -> Callable[[], DeviceState]:
+        """The real sensors, or exactly what was said: a battery that is said runs down."""
+        if self.battery is None and self.thermal is None:
+            return default_sensors(*([] if self.sensors is None else [from_file(self.sensors)]))
+        if self.sensors is not None:
+            raise RequestError("--sensors beside --battery or --thermal", "one or the other", "Leave one out")
+        thermal: Any = "unknown" if self.thermal is None else self.thermal
+        said = DeviceState(self.battery, None if self.battery is None else False, thermal=thermal)
+        return Sensors(constant(said))
+
+    def run(self, pipeline: Pipeline, settings: Settings, ceiling: int | None) -> PolicyRun:
+        """The policy in charge, between the user's floor and ceiling of steps and within what the model offers."""
+        offered = None if pipeline.steps is None else pipeline.steps(settings.sampler)
+        most = 1000 if ceiling is None else ceiling
+        limits = Limits(
+            steps=tuple(range(1, 1001)) if offered is None else tuple(sorted(offered)),
+            min_steps=self.min_steps, max_steps=most, max_guidance_until=settings.guidance_until,
+        )  # fmt: skip
+        return PolicyRun(load_policy(self.policy), self.sense(), limits, self.deadline_s)
+
+
+def governed(settings: Settings, decision: Decision) -> Settings:
+    """The settings of a picture that a decision stands over."""
+    return replace(settings, num_inference_steps=decision.steps, guidance_until=decision.guidance_until)
+
+
+def describe(run: PolicyRun, decision: Decision) -> tuple[str, ...]:
+    """Why the picture is as it is, in notes: the reason, what the model could not give, what was not known."""
+    wanted = next(row.then for row in run.policy.rows if row.name == decision.row)
+    given = [f"{name} {getattr(wanted, name)} wanted, {getattr(decision, name)} given" for name in decision.capped]
+    lines = [f"policy {run.policy.name}: {decision.reason}"]
+    lines += [f"policy {run.policy.name}: {'; '.join(given)} (your limits, or what this model has)"] if given else []
+    lines += [f"not known here, taken as well: {', '.join(decision.assumed)}"] if decision.assumed else []
+    return tuple(lines)
