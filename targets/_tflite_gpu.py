@@ -125,8 +125,20 @@ def add(x: torch.Tensor, y: Any, **options: Any) -> torch.Tensor:
     return torch.add(x, y, **options)
 
 
+def expand(x: torch.Tensor, *sizes: Any) -> torch.Tensor:
+    """`x.expand(*sizes)` by concatenation, since the delegate has no broadcast operation (timesteps of a batch)."""
+    import torch
+
+    shape = sizes if isinstance(sizes[0], int) else tuple(sizes[0])
+    x = x.reshape((1,) * (len(shape) - x.dim()) + tuple(x.shape))
+    for dim, size in enumerate(shape):
+        if size not in (-1, x.shape[dim]):
+            x = torch.cat([x] * size, dim)
+    return x
+
+
 def delegate_forms() -> AbstractContextManager:
-    """A context in which torch's norms, GELU and masks are computed in the forms above, whatever module calls them."""
+    """A context in which torch computes in the forms above, whatever module calls."""
     import torch
     from torch.nn import functional
     from torch.overrides import TorchFunctionMode
@@ -136,6 +148,7 @@ def delegate_forms() -> AbstractContextManager:
         functional.layer_norm: finite_layer_norm,
         functional.gelu: finite_gelu,
         torch.Tensor.add: add,
+        torch.Tensor.expand: expand,
     }
 
     class DelegateForms(TorchFunctionMode):

@@ -315,6 +315,13 @@ def test_finite_norms_equal_torchs(scale, shift, groups, seed):
     torch.testing.assert_close(_tflite_gpu.finite_layer_norm(x, (5, 7)), F.layer_norm(x, (5, 7)), rtol=1e-4, atol=1e-4)
 
 
+def test_expansion_by_concatenation_is_torchs():
+    x = torch.arange(6.0).reshape(1, 2, 3)
+    for sizes in ((4, 2, 3), (5, -1, 2, 3), (1, 2, 3)):
+        assert torch.equal(_tflite_gpu.expand(x, *sizes), x.expand(*sizes))
+        assert torch.equal(_tflite_gpu.expand(x, sizes), x.expand(*sizes))
+
+
 @pytest.mark.parametrize("approximate", ["none", "tanh"])
 def test_finite_gelu_is_within_its_bound(approximate):
     x = torch.linspace(-12, 12, 20001)
