@@ -11,8 +11,8 @@ PLACES = {"edgesd/": "edgesd/", "targets/": "edgesd/targets/", "calibration/": "
 
 def test_wheel_contents_equal_the_tracked_files(tmp_path):
     build = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-q", "-w", str(tmp_path), "."]
-    tracked = subprocess.run(["git", "ls-files", *PLACES], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split("\n")
-    tracked = [t for t in tracked if t and (ROOT / t).exists()]
+    listed = subprocess.run(["git", "ls-files", *PLACES], cwd=ROOT, capture_output=True, text=True, check=True)
+    tracked = [name for name in listed.stdout.split("\n") if name and (ROOT / name).exists()]
     copy = tmp_path / "source"
     for name in [*tracked, "pyproject.toml", "README.md", "LICENSE"]:
         (copy / name).parent.mkdir(parents=True, exist_ok=True)

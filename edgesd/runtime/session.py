@@ -1,11 +1,11 @@
 """The protocol every runtime behind a model follows, and the names its components speak.
 
-| component | inputs | outputs |
-|---|---|---|
-| text_encoder | input_ids [1,L] i64 (i32 on LiteRT) | encoder_hidden_states [1,L,D] f32 (+ text_embeds [1,P] f32 on SDXL's second) |
-| unet | sample [B,C,h,w] f32, timestep [1] f32, encoder_hidden_states [B,L,D] f32 (+ text_embeds [B,P], time_ids [B,6], timestep_cond [B,K]) | model_output [B,C,h,w] f32 |
-| vae_decoder | latents [1,C,h,w] f32, already divided by the scaling factor | image [1,3,H,W] f32, about -1..1 |
-| vae_encoder | image [1,3,H,W] f32 in -1..1 | mean [1,C,h,w] f32, not yet scaled (+ std [1,C,h,w] for a full VAE) |
+text_encoder: input_ids [1,L] i64 (i32 on LiteRT and Core ML) -> encoder_hidden_states [1,L,D] f32; the second one of
+    SDXL also gives text_embeds [1,P] f32.
+unet: sample [B,C,h,w] f32, timestep [1] f32, encoder_hidden_states [B,L,D] f32 -> model_output [B,C,h,w] f32; SDXL also
+    takes text_embeds [B,P] and time_ids [B,6], consistency models timestep_cond [B,K].
+vae_decoder: latents [1,C,h,w] f32, already divided by the scaling factor -> image [1,3,H,W] f32, about -1..1.
+vae_encoder: image [1,3,H,W] f32 in -1..1 -> mean [1,C,h,w] f32, not yet scaled; a full VAE also gives std [1,C,h,w].
 """
 
 from __future__ import annotations
