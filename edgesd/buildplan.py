@@ -132,6 +132,7 @@ def _axes(component: str, recipe: Recipe, target: Target, size_px: tuple[int, in
     return [
         Axes(size_px=size_px, precision=precision, form=form, batch=batch, chunk=(i, chunks))  # type: ignore[arg-type]
         for precision, form in flavours(recipe, target)
+        if component in getattr(target, "form_components", {}).get(form, (component,))
         for batch in batches
         for i in range(chunks)
     ]

@@ -31,6 +31,7 @@ capabilities = Capabilities(
     precisions=("fp16", "fp32", "int8", "w8"), index_dtype="int32", layout="folded", forms=("", "split_einsum")
 )
 lower_options = ("minimum_target", "compiled")  # fields of a recipe that `lower` takes
+form_components = {"split_einsum": ("unet",)}
 chunked = True  # a UNet may come in pieces
 status = "executed" if sys.platform == "darwin" else "interpreted"
 

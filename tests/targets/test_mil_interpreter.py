@@ -586,3 +586,9 @@ def test_the_reader_agrees_with_coremltools_own(sound):
     ours = {op.results[0][0]: op.inputs["val"][0] for op in Package(sound).operations() if op.type == "const"}
     assert set(ours) == set(constants)
     assert all(np.array_equal(ours[name], constants[name]) for name in ours)
+
+
+def test_the_documentation_lists_every_operation():
+    text = (Path(__file__).parents[2] / "docs/coreml.md").read_text(encoding="utf-8")
+    listed = text.partition("## What the interpreter knows")[2].replace(",", " ").split()
+    assert {f"`{name}`" for name in OPERATIONS} <= set(listed)
