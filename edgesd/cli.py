@@ -148,7 +148,8 @@ def evaluate(
 @app.command()
 def package(
     model: Annotated[
-        str | None, typer.Argument(help="Diffusers folder or hub id; the embedded model if left out.")
+        str | None,
+        typer.Argument(help="Diffusers folder, .safetensors file or hub id; the embedded model if left out."),
     ] = None,
     target: Annotated[list[str], typer.Option("--target", help="onnx-web, openvino, tflite, coreml or all.")] = ...,  # type: ignore[assignment]
     precision: Annotated[
@@ -166,6 +167,18 @@ def package(
     ] = "iOS17",
     compiled: Annotated[bool, typer.Option("--compiled", help="Core ML, on a Mac: compile with Xcode too.")] = False,
     revision: Annotated[str | None, typer.Option("--revision", help="Hub revision.")] = None,
+    lora: Annotated[list[str] | None, typer.Option("--lora", help="FILE or FILE:scale; repeatable.")] = None,
+    embedding: Annotated[list[str] | None, typer.Option("--embedding", help="FILE or FILE:word; repeatable.")] = None,
+    clip_skip: Annotated[int, typer.Option("--clip-skip", min=0, help="Text layers to leave out at the end.")] = 0,
+    unet: Annotated[str | None, typer.Option("--unet", help="Folder of another UNet.")] = None,
+    text_encoder: Annotated[str | None, typer.Option("--text-encoder", help="Folder of another text encoder.")] = None,
+    tokenizer: Annotated[
+        str | None, typer.Option("--tokenizer", help="For a .safetensors checkpoint: folder with CLIP's vocabulary.")
+    ] = None,
+    prediction: Annotated[
+        str | None, typer.Option("--prediction", help="For a .safetensors checkpoint: epsilon or v_prediction.")
+    ] = None,
+    long_prompt: Annotated[int, typer.Option("--long-prompt", min=0, help="Tokens a prompt may have.")] = 0,
     output: Annotated[Path, typer.Option("-o", "--output", help="Folder that receives the bundles.")] = Path("."),
     force: Annotated[
         bool, typer.Option("--force", help="Replace an existing bundle once the new one is whole.")
@@ -187,7 +200,10 @@ def package(
         "batch2": batch2 if batch2 else None, "compiled": compiled if compiled else None, "revision": revision,
         "chunks": chunks if chunks != 1 else None,
         "minimum_target": minimum_target if minimum_target != "iOS17" else None,
-        "steps": parse_steps(steps) if steps != "1-50" else None,
+        "steps": parse_steps(steps) if steps != "1-50" else None, "loras": tuple(lora) if lora else None,
+        "embeddings": tuple(embedding) if embedding else None, "clip_skip": clip_skip if clip_skip else None,
+        "unet": unet, "text_encoder": text_encoder, "tokenizer": tokenizer, "prediction": prediction,
+        "long_prompt": long_prompt if long_prompt else None,
     }  # fmt: skip
     fields |= {key: value for key, value in given.items() if value is not None}
     result = packager.package_all(fields, target, output, force=force, dry_run=dry_run)
@@ -234,6 +250,56 @@ def bench(
     from edgesd import inspection
 
     _show(*_pair(inspection.bench(bundle, runs=runs, threads=threads, device=device), as_json))
+
+
+policy_app = typer.Typer(help="Tables that decide by the device's state how much a picture gets.", no_args_is_help=True)
+app.add_typer(policy_app, name="policy")
+
+
+@policy_app.command("list")
+def policy_list(as_json: Json = False) -> None:
+    """List the policies that ship."""
+    from edgesd import governing
+
+    _show(*_pair(governing.policies(), as_json))
+
+
+@policy_app.command("show")
+def policy_show(
+    name: Annotated[str, typer.Argument(help="A name that `edgesd policy list` shows, or a .json file.")],
+    output: Annotated[Path | None, typer.Option("-o", "--output", help="PNG chart to write.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Check a policy and show it row by row."""
+    from edgesd import governing
+
+    _show(*_pair(governing.show(name, output), as_json))
+
+
+@app.command()
+def simulate(
+    bundle: Path,
+    trace: Annotated[str, typer.Option("--trace", help="cool, hot, sun, empty, charging or a .json file.")] = "hot",
+    pictures: Annotated[int, typer.Option("--pictures", help="That fixed 20 steps draw; all get their time.")] = 20,
+    policy: Annotated[list[str] | None, typer.Option("--policy", help="Policies to play; all if left out.")] = None,
+    width: Annotated[
+        list[float] | None, typer.Option("--width", help="Pretend that the bundle has this width too; repeatable.")
+    ] = None,
+    output: Annotated[Path | None, typer.Option("-o", "--output", help="PNG plot to write.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Play policies against fixed settings on simulated phones: pictures, latency, heat, battery, alignment."""
+    from edgesd import simulate as room
+
+    sheet = room.run(
+        bundle,
+        trace,
+        pictures=pictures,
+        policies=tuple(policy if policy is not None else ()),
+        widths=tuple(width if width is not None else ()),
+        plot=output,
+    )
+    _show(*_pair(sheet, as_json))
 
 
 @app.command()

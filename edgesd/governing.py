@@ -11,8 +11,9 @@ from edgesd.errors import RequestError
 from edgesd.runtime.device import DeviceState, Sensors, constant, default_sensors, from_file
 from edgesd.runtime.governed import PolicyRun
 from edgesd.runtime.pipeline import Pipeline
-from edgesd.runtime.policy import Decision, Limits, load_policy
+from edgesd.runtime.policy import Decision, Limits, When, cost, load_policy, policy_names
 from edgesd.runtime.settings import Settings
+from edgesd.sheet import Section, Sheet
 
 
 @dataclass(frozen=True)
@@ -63,3 +64,43 @@ def describe(run: PolicyRun, decision: Decision) -> tuple[str, ...]:
     lines += [f"policy {run.policy.name}: {'; '.join(given)} (your limits, or what this model has)"] if given else []
     lines += [f"not known here, taken as well: {', '.join(decision.assumed)}"] if decision.assumed else []
     return tuple(lines)
+
+
+def policies() -> Sheet:
+    """`edgesd policy list`: what ships, and how little each can give."""
+    shipped = [load_policy(name) for name in policy_names()]
+    rows = tuple(
+        (p.name, str(len(p.rows)), f"{max(costs):g} to {min(costs):.3g}", p.about)
+        for p in shipped
+        for costs in [[cost(row.then) for row in p.rows]]
+    )
+    data = {"policies": [{"name": p.name, "about": p.about, "rows": len(p.rows)} for p in shipped]}
+    return Sheet(data, (Section("policies", ("name", "rows", "calls a picture", "about"), rows),))
+
+
+def show(source: str, chart: Path | None = None) -> Sheet:
+    """`edgesd policy show`: a table row by row, first match first; chart: PNG of the same."""
+    policy = load_policy(source)
+    if chart is not None:
+        from edgesd.charts import draw_policy
+
+        draw_policy(policy, chart)
+    rows = tuple(
+        (row.name, str(row.level), _conditions(row.when), str(row.then.steps), f"{row.then.width:g}",
+         f"{row.then.guidance_until:g}", f"{row.then.cool_down_s:g}", f"{cost(row.then):.1f}")
+        for row in policy.rows
+    )  # fmt: skip
+    columns = ("row", "level", "when", "steps", "width", "guidance until", "rest s", "calls")
+    note = f"The first row that holds is taken; better counts after {policy.dwell_s:g} s. calls: at full width."
+    return Sheet(policy.model_dump(mode="json"), (Section(f"{policy.name}: {policy.about}", columns, rows, note),))
+
+
+def _conditions(when: When) -> str:
+    """Conditions for people: battery 0 to 0.2, charging false."""
+    told = []
+    for axis, allowed in when.conditions():
+        if isinstance(allowed[0], float):
+            told.append(f"{axis} {allowed[0]:g} " + ("up" if allowed[1] is None else f"to {allowed[1]:g}"))
+        else:
+            told.append(f"{axis} " + " or ".join(str(value).lower() for value in allowed))
+    return ", ".join(told) if told else "otherwise"
