@@ -102,7 +102,7 @@ def record(pipeline: Pipeline, info: CaptureInfo, run: int) -> dict[str, np.ndar
     )  # fmt: skip
     table = pipeline.table(info.sampler, steps)
     recorder = _Recorder(pipeline.session, spread(table.rows, info.rows, run))
-    x0 = np.zeros(0, np.float32)
+    x0: np.ndarray = np.zeros((1, 0, 0, 0), np.float32)
     for event in sample(replace(pipeline, session=recorder), settings, cache=PromptCache()):
         x0 = event.latents
         if not isinstance(event, Picture) and not np.isfinite(event.model_output).all():

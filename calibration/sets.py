@@ -54,7 +54,7 @@ class CaptureInfo(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
-    format: Literal["edgesd-calibration-1"] = FORMAT
+    format: Literal["edgesd-calibration-1"] = "edgesd-calibration-1"
     model: str
     sha256: str
     size_px: tuple[int, int]

@@ -117,6 +117,7 @@ def _fitting(call: Recorded) -> int:
 
 
 def _batch(component: str, calls: Sequence[Recorded], spec: ModelSpec | None) -> Batch:
+    targets = [call.target for call in calls if call.target is not None]
     rows = len(next(iter(calls[0].inputs.values()))) if component != "unet" else len(calls[0].inputs["sample"])
     inputs = {}
     for name in calls[0].inputs:
@@ -127,5 +128,5 @@ def _batch(component: str, calls: Sequence[Recorded], spec: ModelSpec | None) ->
     return Batch(
         PARTS[component][0], forward(spec)[component], inputs, torch.tensor([call.weight for call in calls]),
         torch.tensor([call.guidance for call in calls]), rows == 2, tuple(call.row for call in calls),
-        None if calls[0].target is None else torch.from_numpy(np.stack([call.target for call in calls])),
+        torch.from_numpy(np.stack(targets)) if len(targets) == len(calls) else None,
     )  # fmt: skip

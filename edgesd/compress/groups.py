@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -116,7 +116,7 @@ def cut(module: nn.Module, group: Group, kept: Sequence[int]) -> None:
                 setattr(attention, attribute, len(kept) * group.unit_size)
 
 
-def _fit(layer: nn.Module) -> None:
+def _fit(layer: Any) -> None:
     """Makes a layer's declared widths those of its weight."""
     weight = layer.weight
     if isinstance(layer, nn.Conv2d):
@@ -137,7 +137,7 @@ def _priced(module: nn.Module, group: Group, cost: Cost | None) -> Group:
     return replace(group, params=params // group.units, macs=macs // group.units)
 
 
-def _rows(prefix: str, block: nn.Module, *layers: str, blocks: int = 1) -> Iterable[Slice]:
+def _rows(prefix: str, block: Any, *layers: str, blocks: int = 1) -> Iterable[Slice]:
     """The output side of these layers of a block, biases included."""
     for layer in layers:
         for parameter in ("weight", "bias"):
@@ -145,7 +145,7 @@ def _rows(prefix: str, block: nn.Module, *layers: str, blocks: int = 1) -> Itera
                 yield Slice(f"{prefix}.{layer}", parameter, 0, blocks)
 
 
-def _resnet(name: str, block: nn.Module) -> list[Group]:
+def _resnet(name: str, block: Any) -> list[Group]:
     """ResnetBlock2D: conv1 and the time projection make the hidden channels, norm2 groups them, conv2 consumes them."""
     slices = [*_rows(name, block, "conv1", "norm2")]
     if block.time_emb_proj is not None:
@@ -162,7 +162,7 @@ def _resnet(name: str, block: nn.Module) -> list[Group]:
     ]  # fmt: skip
 
 
-def _attention(name: str, attn: nn.Module, residual: str, qkv: tuple[str, ...], out: str, heads: int) -> Group:
+def _attention(name: str, attn: Any, residual: str, qkv: tuple[str, ...], out: str, heads: int) -> Group:
     cross = bool(getattr(attn, "is_cross_attention", False))
     return Group(
         name, "cross_attention" if cross else "self_attention", heads,
@@ -171,7 +171,7 @@ def _attention(name: str, attn: nn.Module, residual: str, qkv: tuple[str, ...], 
     )  # fmt: skip
 
 
-def _transformer(name: str, block: nn.Module) -> list[Group]:
+def _transformer(name: str, block: Any) -> list[Group]:
     """BasicTransformerBlock: heads of self- and cross-attention, and feed-forward units (pairs of value and gate)."""
     groups = []
     for attn, norm in (("attn1", "norm1"), ("attn2", "norm2")):
@@ -189,7 +189,7 @@ def _transformer(name: str, block: nn.Module) -> list[Group]:
     return groups
 
 
-def _clip(name: str, layer: nn.Module) -> list[Group]:
+def _clip(name: str, layer: Any) -> list[Group]:
     """CLIPEncoderLayer: heads and feed-forward units."""
     attn, mlp = layer.self_attn, layer.mlp
     heads = attn.q_proj.out_features // attn.head_dim
@@ -200,7 +200,7 @@ def _clip(name: str, layer: nn.Module) -> list[Group]:
     ]
 
 
-def _vae_middle(name: str, block: nn.Module) -> list[Group]:
+def _vae_middle(name: str, block: Any) -> list[Group]:
     """UNetMidBlock2D of AutoencoderKL: heads of its attention (one head in published models, hence no group)."""
     return [
         _attention(
@@ -211,7 +211,7 @@ def _vae_middle(name: str, block: nn.Module) -> list[Group]:
     ]
 
 
-def _tiny_vae(name: str, block: nn.Module) -> list[Group]:
+def _tiny_vae(name: str, block: Any) -> list[Group]:
     """AutoencoderTinyBlock: the channels between its three convolutions."""
     first, second, third = (f"{name}.conv.{i}" for i in (0, 2, 4))
     shortcut = f"{name}.skip" if isinstance(block.skip, nn.Conv2d) else ""

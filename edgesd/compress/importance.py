@@ -13,6 +13,7 @@ import zlib
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import nn
@@ -70,7 +71,7 @@ def collect(
     found = {}
     for name, sums in moments.items():
         group = next(g for g in groups if g.name == name)
-        consumer = module.get_submodule(group.consumer)
+        consumer: Any = module.get_submodule(group.consumer)
         weight = consumer.weight.double() * gain[name].sqrt().view(-1, *[1] * (consumer.weight.ndim - 1))
         found[name] = Evidence(
             group, _pieces(module, group), _layout(weight, sums), sums, sums.weight / calls, taylor[name],
@@ -92,7 +93,7 @@ def _pieces(module: nn.Module, group: Group) -> list[torch.Tensor]:
     ]
 
 
-def _columns(layer: nn.Module) -> int:
+def _columns(layer: Any) -> int:
     """Columns a consumer is scored on: unfolded ones, or channels where those are too many."""
     unfolded = layer.weight[0].numel()
     return unfolded if unfolded <= MAX_TAPS else layer.weight.shape[1]
@@ -110,10 +111,11 @@ def _moments(
 ) -> tuple[dict[str, Moments], dict[str, torch.Tensor]]:
     found: dict[str, Moments] = {}
     queries: dict[str, torch.Tensor] = {}
+    keys: dict[str, torch.Tensor] = {}
     maps: dict[str, torch.Tensor] = {}
     now = batches[0]
 
-    def arrive(group: Group, layer: nn.Module, x: torch.Tensor) -> None:
+    def arrive(group: Group, layer: Any, x: torch.Tensor) -> None:
         require_finite(f"{group.consumer} (steps {now.steps})", x)
         columns = _columns(layer)
         inputs = features(layer, x) if columns == layer.weight[0].numel() else rows(layer, x)
@@ -121,19 +123,18 @@ def _moments(
         for one, scaled in now.mixed(torch.ones(len(inputs), 1), inputs):
             sums.add(one, scaled)
         if group.name in queries:
-            maps[group.name] = maps.get(group.name, 0) + _likeness(
-                *(queries.pop(f"{group.name}{i}") for i in ("", "k")), group
-            )
+            alike = _likeness(queries.pop(group.name), keys.pop(group.name), group)
+            maps[group.name] = maps.get(group.name, torch.zeros(())) + alike
 
     with ExitStack() as hooks, torch.no_grad():
         for group in groups:
             layer = module.get_submodule(group.consumer)
             hooks.enter_context(layer.register_forward_pre_hook(lambda m, args, g=group: arrive(g, m, args[0])))
         for group in heads:
-            for suffix, piece in zip(("", "k"), _query_and_key(group), strict=True):
+            for kept, piece in zip((queries, keys), _query_and_key(group), strict=True):
                 hooks.enter_context(
                     module.get_submodule(piece).register_forward_hook(
-                        lambda m, args, out, key=f"{group.name}{suffix}": queries.__setitem__(key, out)
+                        lambda m, args, out, kept=kept, name=group.name: kept.__setitem__(name, out)
                     )
                 )
         for now in batches:
@@ -285,7 +286,9 @@ def _restored(evidence: Evidence, order: list[int] | None, ridge: float) -> Curv
     group, weight = evidence.group, evidence.weight.clone()
     inverse = torch.cholesky_inverse(factor(evidence.moments.covariance(), ridge))
     size = weight.shape[1] // group.units
-    left, gone, errors = list(range(group.units)), [], []
+    left = list(range(group.units))
+    gone: list[int] = []
+    errors: list[float] = []
     while len(left) > group.step:
         pick = (
             order[len(gone) : len(gone) + group.step]
@@ -322,7 +325,8 @@ def _unrestored(evidence: Evidence, order: list[int], centred: bool) -> Curve:
     group, weight, sums = evidence.group, evidence.weight, evidence.moments
     second = sums.covariance() if centred else sums.gram.double() / sums.weight
     size = weight.shape[1] // group.units
-    lost, errors = torch.zeros_like(weight), []
+    lost = torch.zeros_like(weight)
+    errors: list[float] = []
     for at in range(0, group.units - group.step, group.step):
         columns = _unit_columns(order[at : at + group.step], size)
         own = weight[:, columns] @ second[columns]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -13,7 +15,8 @@ RIDGE = 1e-3
 def features(layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
     """A layer's input as rows of the products it sums: [N, columns of the flattened weight]."""
     if isinstance(layer, nn.Conv2d):
-        unfolded = nn.functional.unfold(x, layer.kernel_size, layer.dilation, layer.padding, layer.stride)
+        padding: Any = layer.padding  # numbers in these models, though a convolution may have words there
+        unfolded = nn.functional.unfold(x, layer.kernel_size, layer.dilation, padding, layer.stride)
         return unfolded.transpose(1, 2).flatten(0, 1)
     return x.flatten(0, -2)
 

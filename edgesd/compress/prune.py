@@ -7,12 +7,13 @@ import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from edgesd.compress.allocate import ALLOCATIONS, CAREFUL, allocate, protected
+from edgesd.compress.allocate import ALLOCATIONS, CAREFUL, Budget, allocate, protected
 from edgesd.compress.calls import PARTS, Batch, Recorded, batches
 from edgesd.compress.groups import Group, find_groups
 from edgesd.compress.importance import IMPORTANCE, collect, curve
@@ -50,7 +51,7 @@ def prune(
     importance: str = "obs",
     restoration: str = "ls",
     allocation: str = "global",
-    budget: str = "macs",
+    budget: Budget = "macs",
     protect: Sequence[str] = (),
     careful: float = CAREFUL,
     ridge: float = RIDGE,
@@ -89,7 +90,7 @@ def prune(
         allocation=allocation,
         budget=budget,
         protect=protect,
-        careful=careful,  # type: ignore[arg-type]
+        careful=careful,
     )
     smaller = share(dense)
     restore(
@@ -189,7 +190,9 @@ def write_checkpoint(
             metadata={"format": "pt"},
         )
         sidecar = source / SIDECAR
-        told = json.loads(sidecar.read_text(encoding="utf-8")) if sidecar.is_file() else {"licence": model.licence}
+        told: dict[str, Any] = (
+            json.loads(sidecar.read_text(encoding="utf-8")) if sidecar.is_file() else {"licence": model.licence}
+        )
         told.setdefault("pruned", {})[part] = plan.model_dump(mode="json")
         (new / SIDECAR).write_text(json.dumps(told, indent=1), encoding="utf-8")
         draw_chart(plan, groups, new / CHART)

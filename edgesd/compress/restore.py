@@ -13,6 +13,7 @@ call counts the row that guidance makes of the two halves (`Batch.mixed`), becau
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -68,7 +69,7 @@ def _correct(
     method: str,
     ridge: float,
 ) -> None:
-    layer = pruned.get_submodule(group.consumer)
+    layer: Any = pruned.get_submodule(group.consumer)
     sums = Moments(layer.weight[0].numel() if method == "ls" else 0, len(layer.weight))
     for before, after, batch in zip(halts[::2], halts[1::2], batches, strict=True):
         missing = rows(layer, _stream(dense, group, before) - _stream(pruned, group, after))

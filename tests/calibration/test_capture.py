@@ -139,7 +139,7 @@ def test_a_full_disk_is_told_before_anything_runs(model, tmp_path, monkeypatch):
 def test_rows_spread_over_every_noise_level():
     seen = np.bincount([row for run in range(40) for row in spread(20, 5, run)], minlength=20)
     assert seen.min() >= 9
-    assert seen.max() <= 11
+    assert seen.max() <= 12
     assert spread(3, 10, 7) == [0, 1, 2]
 
 
