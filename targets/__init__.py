@@ -74,8 +74,8 @@ class Target(Protocol):
 
     A module may also have: status, "executed" (what is assumed) or "interpreted" when opened on this platform;
     form_status, the same by form where it differs ("unverified": meant for a runtime that is not here); form_precision,
-    a form's own precision; form_components, the components that have a form where not all do; lower_options, the recipe's
-    fields that `lower` takes; chunked, that a UNet may come in pieces; speed_is_meaningful() -> bool;
+    a form's own precision; form_components, the components that have a form where not all do; lower_options, fields of
+    the recipe that `lower` takes; chunked, that a UNet may come in pieces; speed_is_meaningful() -> bool;
     check_plan(component, bytes, axes), which refuses what it cannot hold.
     """
 
