@@ -38,6 +38,7 @@ capabilities = Capabilities(
     layout="unfolded",
     forms=("", "gpu"),
 )
+form_status = {"gpu": "unverified"}  # measured on this processor; its own accelerator is in a phone
 
 _WEIGHT_BYTES = {"fp32": 4, "fp16": 2, "int8": 1}
 
