@@ -15,8 +15,9 @@ from torch import nn
 
 from edgesd.compress.allocate import ALLOCATIONS, CAREFUL, Budget, allocate, protected
 from edgesd.compress.calls import PARTS, Batch, Recorded, batches
+from edgesd.compress.evidence import collect
 from edgesd.compress.groups import Group, find_groups
-from edgesd.compress.importance import IMPORTANCE, collect, curve
+from edgesd.compress.importance import IMPORTANCE, curve
 from edgesd.compress.moments import RIDGE
 from edgesd.compress.plan import PrunePlan, Size, group_plans
 from edgesd.compress.restore import RESTORE, restore

@@ -12,8 +12,9 @@ from torch import nn
 from edgesd.calibration.sets import Call
 from edgesd.compress.allocate import allocate
 from edgesd.compress.calls import batches
+from edgesd.compress.evidence import collect
 from edgesd.compress.groups import find_groups
-from edgesd.compress.importance import IMPORTANCE, Curve, collect, curve
+from edgesd.compress.importance import IMPORTANCE, Curve, curve
 from edgesd.compress.moments import Moments, features, rows
 from edgesd.compress.plan import PrunePlan, apply
 from edgesd.compress.prune import CHART, prune
