@@ -1,1 +1,1 @@
-"""Calibration: prompt sets and the capture of real calls."""
+"""Calibration: prompt sets, the capture of real calls (`capture`) and the sets it makes (`sets`)."""

@@ -1,4 +1,4 @@
-"""What pruning needs to know of each group: second moments, gains and gradients over recorded calls of the dense model."""
+"""What pruning knows of each group: moments, gains and gradients over recorded calls of the dense model."""
 
 from __future__ import annotations
 
