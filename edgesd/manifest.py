@@ -19,7 +19,7 @@ from edgesd.errors import DataError
 
 FORMAT_MAJOR, FORMAT_MINOR = 1, 0
 FORMAT = f"{FORMAT_MAJOR}.{FORMAT_MINOR}"
-KNOWN_CRITICAL: frozenset[str] = frozenset()
+KNOWN_CRITICAL: frozenset[str] = frozenset({"chunked-prompts", "expanded-tokens", "prompt-bank"})
 MAX_MANIFEST_BYTES = 16 << 20
 MAX_VALUES = 1 << 18  # what 65536 files need; each bad value costs an error report, and millions cost minutes
 MAX_BUNDLE_BYTES = 1 << 36  # a sparse file costs its sender nothing and its hasher hours
@@ -129,13 +129,15 @@ class TokenizerSpec(Frozen):
 
     max_length: tokens per call, start and end token included. pad_id fills the rest (SD 1.x: the end token;
     the second SDXL encoder: 0). component: the text encoder that takes its ids. chunks: calls of a prompt, each of
-    max_length; the UNet attends to their states end to end.
+    max_length; the UNet attends to their states end to end. expand: (id, count) of tokens that stand for several
+    vectors: such an id is read as the ids id .. id+count-1.
     """
 
     file: RelPath
     component: Role
     max_length: Annotated[int, Field(ge=3, le=4096)]
     chunks: Annotated[int, Field(ge=1, le=16)] = 1
+    expand: Annotated[tuple[tuple[Count, Annotated[int, Field(ge=2, le=128)]], ...], Field(max_length=1024)] = ()
     bos_id: Count
     eos_id: Count
     pad_id: Count
@@ -204,8 +206,20 @@ class NoiseSpec(Frozen):
     version: Literal[1] = 1  # other noise is another picture: nothing to ignore
 
 
+class Ingredient(Frozen):
+    """One file that went in: its kind (checkpoint, lora, embedding, unet, ...), name without path, hash and scale."""
+
+    kind: Name
+    name: Text
+    sha256: Sha256
+    scale: float | None = None
+
+
 class Provenance(Frozen):
-    """Where the weights came from; never a local path. revision: hub commit or "". sha256: over the source files."""
+    """Where the weights came from; never a local path. revision: hub commit or "". sha256: over the source files.
+
+    ingredients: what was added to or swapped in the source, in order.
+    """
 
     source: Text
     revision: Annotated[str, Field(max_length=128)] = ""
@@ -214,6 +228,7 @@ class Provenance(Frozen):
     edgesd: Text = ""
     libraries: dict[str, str] = {}
     recipe: dict[str, Any] = {}
+    ingredients: Annotated[tuple[Ingredient, ...], Field(max_length=256, fail_fast=True)] = ()
     made: Text = ""
 
 

@@ -142,7 +142,7 @@ def package_all(
     recipes = [make_recipe(**fields, target=name) for name in wanted]
     for name in wanted:
         targets.load(name, lowering=True)
-    checkpoint = open_checkpoint(recipes[0].source, recipes[0].revision, recipes[0].vae)
+    checkpoint = open_checkpoint(**recipes[0].model())
     result = Packaged([make_plan(recipe, checkpoint, output) for recipe in recipes])
     if dry_run:
         return result
@@ -239,10 +239,10 @@ def _options(plan: BuildPlan) -> dict[str, Any]:
 
 def _record_truth(plan: BuildPlan, folder: Path) -> None:
     """In a child: tables, tokenizer, golden vectors and preview factors from the float32 reference."""
+    from edgesd.models.ingredients import tokenizer_json
     from edgesd.models.load import load_parts, quiet
     from edgesd.models.preview import fit_rgb
     from edgesd.runtime.table import save_tables
-    from edgesd.runtime.tokenizer import clip_tokenizer_json
     from edgesd.sampling.compile import compile_tables
     from edgesd.sources import torch_pipeline
 
@@ -252,9 +252,9 @@ def _record_truth(plan: BuildPlan, folder: Path) -> None:
         for name in plan.samplers:
             tables = compile_tables(name, plan.checkpoint.spec.scheduler, steps)
             save_tables(files / "samplers" / f"{name}.safetensors", tables)
-        for spec, source in zip(plan.checkpoint.spec.tokenizers, plan.checkpoint.tokenizers, strict=True):
+        for index, spec in enumerate(plan.checkpoint.spec.tokenizers):
             (files / spec.file).parent.mkdir(parents=True, exist_ok=True)
-            (files / spec.file).write_text(clip_tokenizer_json(source), encoding="utf-8")
+            (files / spec.file).write_text(tokenizer_json(plan.checkpoint, index), encoding="utf-8")
         truth = torch_pipeline(load_parts(plan.checkpoint))
         settings = golden.settings_for(plan.checkpoint.spec, {name: steps for name in plan.samplers})
         recorded = golden.record(truth, settings)
@@ -322,6 +322,7 @@ def _manifest(
     steps = tuple(range(low[0], low[1] + 1))
     manifest = Manifest(
         target=plan.recipe.target,
+        critical=_critical(checkpoint.spec),
         model=_shipped_spec(plan, facts),
         components=tuple(Component(name=name, variants=tuple(v)) for name, v in variants.items()),  # type: ignore[arg-type]
         samplers=tuple(SamplerFile(name=n, file=f"samplers/{n}.safetensors", steps=steps) for n in plan.samplers),
@@ -333,12 +334,20 @@ def _manifest(
             edgesd=__version__,
             libraries=facts["libraries"],
             recipe=plan.recipe.echo(),
+            ingredients=checkpoint.ingredients,
             made=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         ),
         downgrades=tuple(downgrades),
         files=bundle.entries(folder),
     )
     return golden.attach(manifest)
+
+
+def _critical(spec: ModelSpec) -> tuple[str, ...]:
+    """What a reader must know of prompts to draw what was asked for."""
+    chunked = any(t.chunks > 1 for t in spec.tokenizers)
+    expanded = any(t.expand for t in spec.tokenizers)
+    return tuple(name for name, used in (("chunked-prompts", chunked), ("expanded-tokens", expanded)) if used)
 
 
 def _shipped_spec(plan: BuildPlan, facts: dict[str, Any]) -> ModelSpec:

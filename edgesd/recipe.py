@@ -23,8 +23,11 @@ class Recipe(BaseModel):
     source: diffusers folder, hub id, or None for the embedded model. target: one name.
     precision: None = the target's default. vae: "tiny", "full" (what the checkpoint holds must match) or a VAE folder.
     samplers: names whose tables ship; steps: the range of step counts each holds.
-    size_px: (height, width), multiples of the model's downscale. batch2: also a UNet for guidance in one call. forms: a target's flavours
-    beside its own. minimum_target, compiled (by Xcode, on a Mac), chunks (UNet in so many pieces): Core ML alone.
+    size_px: (height, width), multiples of the model's downscale. batch2: also a UNet for guidance in one call.
+    forms: a target's flavours beside its own. minimum_target, compiled (by Xcode, on a Mac), chunks (UNet in so many
+    pieces): Core ML alone. unet, text_encoder: folders to swap those parts. tokenizer, prediction: for a single file.
+    loras, embeddings: "FILE:scale", "FILE:word". clip_skip: text layers left out. long_prompt: tokens a prompt may
+    have. prompt_bank: file of the only prompts the bundle will know. max_ram_bytes: what packaging may hold in memory.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
@@ -43,6 +46,16 @@ class Recipe(BaseModel):
     compiled: bool = False
     chunks: Annotated[int, Field(ge=1, le=8)] = 1
     seed: Annotated[int, Field(ge=0, le=2**53 - 1)] = 0
+    unet: str | None = None
+    text_encoder: str | None = None
+    tokenizer: str | None = None
+    prediction: Literal["epsilon", "v_prediction"] | None = None
+    loras: tuple[str, ...] = ()
+    embeddings: tuple[str, ...] = ()
+    clip_skip: Annotated[int, Field(ge=0, le=64)] = 0
+    long_prompt: Annotated[int, Field(ge=0, le=4096)] = 0
+    prompt_bank: str | None = None
+    max_ram_bytes: Annotated[int, Field(ge=1 << 20, le=1 << 50)] | None = None
 
     @field_validator("steps")
     @classmethod
@@ -65,10 +78,18 @@ class Recipe(BaseModel):
     def echo(self) -> dict[str, Any]:
         """The request as the manifest shows it: a local folder appears by its name alone."""
         shown = self.model_dump(mode="json")
-        for key in ("source", "vae"):
+        for key in ("source", "vae", "unet", "text_encoder", "tokenizer", "prompt_bank"):
             if isinstance(shown[key], str) and (Path(shown[key]).is_absolute() or Path(shown[key]).exists()):
                 shown[key] = Path(shown[key]).name
+        for key in ("loras", "embeddings"):
+            shown[key] = [Path(text).name for text in shown[key]]
         return shown
+
+    def model(self) -> dict[str, Any]:
+        """What `open_checkpoint` is asked for, by its own words."""
+        names = ("source", "revision", "vae", "unet", "text_encoder", "tokenizer", "prediction", "clip_skip")
+        asked = {name: getattr(self, name) for name in names}
+        return asked | {"lora": self.loras, "embedding": self.embeddings, "long_prompt": self.long_prompt}
 
 
 def make_recipe(**fields: Any) -> Recipe:
@@ -118,3 +139,12 @@ def parse_size(text: str, multiple: int = 8) -> tuple[int, int]:
             f"size {text!r}", f"sides that are multiples of {multiple}, at most {MAX_SIDE_PX}", "Change --size-px"
         )
     return height, width
+
+
+def parse_bytes(text: str) -> int:
+    """ "8GB" -> 8e9, "8GiB" -> 8 * 2^30, "800MB", "4096" (bytes). Raises RequestError."""
+    matched = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?", text.strip(), re.IGNORECASE)
+    if matched is None:
+        raise RequestError(f"amount {text!r}", "a number with MB, GB, MiB or GiB, such as 8GB", "Change it")
+    base = 1024 if matched[3] else 1000
+    return int(float(matched[1]) * base ** " KMGT".index(matched[2].upper() or " "))

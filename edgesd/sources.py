@@ -94,8 +94,9 @@ def open_bundle(folder: Path, verify: bool | None = None, **options: Any) -> Pip
 
 def torch_pipeline(model: LoadedModel, **options: Any) -> Pipeline:
     """The torch reference of a loaded checkpoint; tables are compiled when asked for."""
+    from edgesd.models.ingredients import tokenizer_json
     from edgesd.models.session import TorchSession
-    from edgesd.runtime.tokenizer import PromptTokenizer, clip_tokenizer_json
+    from edgesd.runtime.tokenizer import PromptTokenizer
     from edgesd.sampling.compile import compile_table
 
     @lru_cache(maxsize=64)
@@ -106,8 +107,7 @@ def torch_pipeline(model: LoadedModel, **options: Any) -> Pipeline:
         spec=model.spec,
         session=TorchSession(model, **options),
         tokenizers=tuple(
-            PromptTokenizer(clip_tokenizer_json(folder), spec)
-            for folder, spec in zip(model.tokenizers, model.spec.tokenizers, strict=True)
+            PromptTokenizer(tokenizer_json(model, index), spec) for index, spec in enumerate(model.spec.tokenizers)
         ),
         table=table,
         identity=f"{model.sha256}-torch",

@@ -10,16 +10,20 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from edgesd.errors import DataError, RequestError
-from edgesd.manifest import ModelSpec
-from edgesd.models.facts import licence, read_json, read_spec, source_hash, text_encoders, tokenizer_of
+from edgesd.manifest import Ingredient, ModelSpec
+from edgesd.models import ingredients
+from edgesd.models.facts import hash_file, licence, read_json, read_spec, source_hash, text_encoders, tokenizer_of
 from edgesd.models.library import hub_folder, quiet
 from edgesd.models.weights import SIDECAR, load_module
 
 if TYPE_CHECKING:
     import torch
+
+    from edgesd.models.embedding import Embedding
+    from edgesd.models.lora import Lora
 
 EMBEDDED = "shapes"
 SUPPORTED = "diffusers folders, .safetensors files and hub ids of Stable Diffusion 1.x, 2.x and XL"
@@ -34,7 +38,7 @@ class Checkpoint:
 
     source, revision, sha256, licence: provenance for the manifest; source is an id or folder name, never a path.
     parts: folder of text_encoder, text_encoder_2, unet, vae, as far as the model has them. tokenizers: folder per
-    spec.tokenizers.
+    spec.tokenizers. loras, embeddings: what `load_parts` adds. ingredients: the record of all that was added.
     """
 
     spec: ModelSpec
@@ -44,6 +48,9 @@ class Checkpoint:
     revision: str
     sha256: str
     licence: str
+    loras: tuple[Lora, ...] = ()
+    embeddings: tuple[Embedding, ...] = ()
+    ingredients: tuple[Ingredient, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -58,7 +65,7 @@ def embedded_folder() -> Path:
     return Path(str(resources.files("edgesd.models"))) / EMBEDDED
 
 
-def load(source: str | None = None, revision: str | None = None, vae: str | None = None, **changes: str) -> LoadedModel:
+def load(source: str | None = None, revision: str | None = None, vae: str | None = None, **changes: Any) -> LoadedModel:
     """Loads a whole checkpoint: `open_checkpoint`, then every part's weights."""
     return load_parts(open_checkpoint(source, revision, vae, **changes))
 
@@ -72,6 +79,7 @@ def open_checkpoint(
     text_encoder: str | None = None,
     tokenizer: str | None = None,
     prediction: str | None = None,
+    **added: Any,
 ) -> Checkpoint:
     """Reads a checkpoint's configs and hashes its files.
 
@@ -79,7 +87,8 @@ def open_checkpoint(
     vae: None = the checkpoint's own, "full" = its own and it must be AutoencoderKL, "tiny" = its own if it is an
     AutoencoderTiny, else the public tiny VAE of its family, or a folder that holds a VAE.
     unet, text_encoder: folders that hold another one, or pipelines with one. tokenizer, prediction: for a single file
-    (see `single_file.convert`); a folder says both itself.
+    (see `single_file.convert`); a folder says both itself. added: lora, embedding, clip_skip and chunks, see
+    `ingredients.add`.
     Raises RequestError (not a pipeline, unsupported denoiser), DataError (parts missing), SetupError (no hub).
     """
     folder, name, commit = resolve(source, revision, tokenizer, prediction)
@@ -93,7 +102,7 @@ def open_checkpoint(
     tokenizers = {encoder: folder / tokenizer_of(encoder) for encoder in encoders}
     with quiet():
         spec = read_spec(folder, parts, tokenizers, name, sidecar)
-    return Checkpoint(
+    opened = Checkpoint(
         spec=spec,
         parts=parts,
         tokenizers=tuple(tokenizers.values()),
@@ -101,14 +110,25 @@ def open_checkpoint(
         revision=commit,
         sha256=source_hash(folder, parts.values()),
         licence=str(sidecar.get("licence", licence(folder))),
+        ingredients=_record(source, folder, parts),
     )
+    with quiet():
+        return ingredients.add(opened, **added)
+
+
+def _record(source: str | None, folder: Path, parts: Mapping[str, Path]) -> tuple[Ingredient, ...]:
+    file = Path(source).expanduser() if source is not None else None
+    made = [ingredients.swapped(part, place) for part, place in parts.items() if place != folder / part]
+    if file is not None and file.is_file():
+        made.insert(0, Ingredient(kind="checkpoint", name=file.name, sha256=hash_file(file)))
+    return tuple(made)
 
 
 def load_parts(checkpoint: Checkpoint, only: Iterable[str] | None = None) -> LoadedModel:
     """The checkpoint with the weights of `only` (all parts if None). Raises DataError for missing or broken weights."""
     chosen = checkpoint.parts if only is None else {part: checkpoint.parts[part] for part in only}
     with quiet():
-        modules = {part: load_module(folder, part) for part, folder in chosen.items()}
+        modules = ingredients.apply(checkpoint, {part: load_module(folder, part) for part, folder in chosen.items()})
     return LoadedModel(**{f.name: getattr(checkpoint, f.name) for f in fields(Checkpoint)}, modules=modules)
 
 

@@ -233,7 +233,7 @@ def _unet(unet: Layer, spec: ModelSpec, axes: Axes) -> tuple[nn.Module, Tensors,
     height, width = (side // spec.latent.downscale for side in axes.size_px)
     context = config.cross_attention_dim
     context = context if isinstance(context, int) else context[0]
-    length = max(t.max_length for t in spec.tokenizers)
+    length = max(t.max_length * t.chunks for t in spec.tokenizers)
     inputs = [
         _f32("sample", (batch, config.in_channels, height, width), "noisy latents as the table's row makes them"),
         _f32("timestep", (1,), "the row's timestep, fractions allowed"),

@@ -37,8 +37,8 @@ def load_module(folder: Path, part: str) -> torch.nn.Module:
 
     fix = "Download the model again; if you made it, save it again with save_pretrained"
     kind = _module_class(folder, part)
-    if (plan := _prune_plan(folder, part)) is not None:
-        return _load_pruned(kind, folder, part, plan)
+    if _prune_plan(folder, part) is not None:
+        return _load_pruned(folder, part)
     options: dict[str, Any] = {"low_cpu_mem_usage": True} if not part.startswith("text_encoder") else {}
     try:
         module, info = kind.from_pretrained(
@@ -77,19 +77,27 @@ def _prune_plan(folder: Path, part: str) -> Any | None:
     return PrunePlan.parse(planned[part])
 
 
-def _load_pruned(kind: Any, folder: Path, part: str, plan: Any) -> torch.nn.Module:
-    """A pruned part: built from its config without weights, cut to the plan's widths, then filled."""
+def empty_module(folder: Path, part: str) -> Any:
+    """A part as its config and its prune plan have it, on the meta device: shapes and names alone."""
     from accelerate import init_empty_weights
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
 
-    from edgesd.compress.plan import resize
-
-    clip = part.startswith("text_encoder")
+    kind, clip = _module_class(folder, part), part.startswith("text_encoder")
     with init_empty_weights(include_buffers=False):
         config = kind.config_class.from_pretrained(folder) if clip else kind.load_config(folder)
         module = kind(config) if clip else kind.from_config(config)
-    resize(module, plan)
+    if (plan := _prune_plan(folder, part)) is not None:
+        from edgesd.compress.plan import resize
+
+        resize(module, plan)
+    return module
+
+
+def _load_pruned(folder: Path, part: str) -> torch.nn.Module:
+    """A pruned part: built from its config without weights, cut to the plan's widths, then filled."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    module = empty_module(folder, part)
     fix = "Prune the model again"
     try:
         tensors = {name: t for file in sorted(folder.glob("*.safetensors")) for name, t in load_file(file).items()}

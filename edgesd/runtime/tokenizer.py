@@ -32,9 +32,9 @@ _MARKUP = re.compile(r"\\[()\[\]\\]?|[(\[\])]|:\s*(?P<weight>[+-]?[\d.]+)\s*\)|:
 
 @dataclass(frozen=True)
 class Tokens:
-    """One prompt laid out for one text encoder call.
+    """One prompt laid out for its text encoder, a row a call.
 
-    ids: [1, L] i64, start and end token and padding included. weights: [1, L] f32, 1 on every special token.
+    ids: [n, L] i64, start and end token and padding included. weights: [n, L] f32, 1 on every special token.
     truncated: the text that did not fit, "" when all did.
     """
 
@@ -74,7 +74,8 @@ class PromptTokenizer:
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self.spec = spec
-        special = max(spec.bos_id, spec.eos_id, spec.pad_id)
+        self._expand = dict(spec.expand)
+        special = max(spec.bos_id, spec.eos_id, spec.pad_id, *(first + count - 1 for first, count in spec.expand))
         if special >= self._tokenizer.get_vocab_size():
             raise DataError(f"token id {special}", f"below {self._tokenizer.get_vocab_size()} in {spec.file}", fix)
 
@@ -89,7 +90,7 @@ class PromptTokenizer:
         return cls(data, spec)
 
     def encode(self, prompt: str, *, weighted: bool = True) -> Tokens:
-        """The prompt's ids and weights; what does not fit in max_length is cut off and reported.
+        """The prompt's ids and weights in `chunks` calls of max_length; what does not fit is cut off and reported.
 
         weighted=False takes brackets and backslashes as plain text, as diffusers does. Raises RequestError for a
         prompt that is too long, nests too deep or asks for a weight out of range.
@@ -98,7 +99,9 @@ class PromptTokenizer:
         fragments = parse_weights(prompt) if weighted else [(prompt, 1.0)]
         pieces = self._pieces(fragments)
         room = self.spec.max_length - 2
-        ids, weights = self._lay_out(pieces[:room])
+        calls = [self._lay_out(pieces[at : at + room]) for at in range(0, room * self.spec.chunks, room)]
+        ids, weights = (np.concatenate(rows) for rows in zip(*calls, strict=True))
+        room *= self.spec.chunks
         return Tokens(ids, weights, _text_from(fragments, pieces[room].start) if len(pieces) > room else "")
 
     def _pieces(self, fragments: list[tuple[str, float]]) -> list[_Piece]:
@@ -106,8 +109,9 @@ class PromptTokenizer:
         pieces = []
         for index, (text, weight) in enumerate(fragments):
             encoding = self._tokenizer.encode(text, add_special_tokens=False)
-            starts = [start for start, _ in encoding.offsets]
-            pieces += [_Piece(i, weight, (index, s)) for i, s in zip(encoding.ids, starts, strict=True)]
+            for first, (start, _) in zip(encoding.ids, encoding.offsets, strict=True):
+                ids = range(first, first + self._expand.get(first, 1))
+                pieces += [_Piece(i, weight, (index, start)) for i in ids]
         return pieces
 
     def _lay_out(self, pieces: list[_Piece]) -> tuple[np.ndarray, np.ndarray]:
