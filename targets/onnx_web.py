@@ -20,17 +20,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edgesd.targets import Capabilities, Lowered, OpCount
-
 from edgesd.errors import GateError, RequestError
+from edgesd.targets import Capabilities, Lowered, OpCount
 
 if TYPE_CHECKING:
     import numpy as np
-    from edgesd.targets._session import Call
 
     from edgesd.manifest import Axes, Manifest, Variant
     from edgesd.models.modules import Component
     from edgesd.runtime.session import Session
+    from edgesd.targets._session import Call
 
 name = "onnx-web"
 extra = "onnx"
@@ -121,6 +120,7 @@ def runtime_version() -> str:
 def _export(component: Component) -> Any:
     """The component as an onnx_ir model with static shapes. Raises GateError where ONNX lacks an operation."""
     import torch
+
     from edgesd.targets._session import reason
 
     try:

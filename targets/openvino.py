@@ -14,17 +14,16 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edgesd.targets import Capabilities, Lowered, OpCount
-
 from edgesd.errors import GateError, RequestError, SetupError
+from edgesd.targets import Capabilities, Lowered, OpCount
 
 if TYPE_CHECKING:
     import numpy as np
-    from edgesd.targets._session import Call
 
     from edgesd.manifest import Axes, Manifest, Variant
     from edgesd.models.modules import Component
     from edgesd.runtime.session import Session
+    from edgesd.targets._session import Call
 
 name = "openvino"
 extra = "openvino"
@@ -72,6 +71,7 @@ def open(
     models are kept between runs. Further options: `ComponentSession`.
     """
     import openvino as ov
+
     from edgesd.targets._session import ComponentSession
 
     core = ov.Core()
@@ -130,6 +130,7 @@ def _convert(component: Component) -> Any:
     """The component as an OpenVINO model with static shapes and edgesd's names. Raises GateError."""
     import openvino as ov
     import torch
+
     from edgesd.targets._session import reason
 
     try:

@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from edgesd.targets import Capabilities, OpCount
 
 from edgesd import bundle, golden
 from edgesd.manifest import Axes, Component, Manifest, Provenance, SamplerFile, TensorSpec, Variant
+from edgesd.targets import Capabilities, OpCount
 
 name = "fake"
 extra = "onnx"

@@ -5,11 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import tiny
-from edgesd.targets._session import ComponentSession
 
 from edgesd import manifest as schema
 from edgesd.errors import DataError, RequestError
 from edgesd.runtime.session import Session
+from edgesd.targets._session import ComponentSession
 
 SIZE = (64, 64)
 
