@@ -20,11 +20,14 @@ OPEN_CLIP = {"layer_norm1": "ln_1", "layer_norm2": "ln_2", "mlp.fc1": "mlp.c_fc"
 
 
 def save(pipeline, path, dtype=torch.float32):
-    """Writes a whole pipeline (SD 1.x or SDXL, tiny ones too) as one file in the original layout."""
+    """Writes a whole pipeline (SD 1.x, 2.x or SDXL, tiny ones too) as one file in the original layout."""
     tensors = unet(pipeline.unet) | vae(pipeline.vae)
     second = getattr(pipeline, "text_encoder_2", None)
     first = "conditioner.embedders.0" if second is not None else "cond_stage_model"
-    tensors |= {f"{first}.transformer.text_model.{k}": v for k, v in tower(pipeline.text_encoder).items()}
+    if pipeline.unet.config.use_linear_projection and second is None:
+        tensors |= {f"{first}.model.{k}": v for k, v in open_clip(pipeline.text_encoder).items()}
+    else:
+        tensors |= {f"{first}.transformer.text_model.{k}": v for k, v in tower(pipeline.text_encoder).items()}
     if second is not None:
         tensors |= {f"conditioner.embedders.1.model.{k}": v for k, v in open_clip(second).items()}
     save_file({k: v.to(dtype).contiguous() for k, v in tensors.items()}, path)

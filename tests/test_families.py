@@ -5,9 +5,12 @@ import json
 import numpy as np
 import pytest
 import tiny
+import torch
+from safetensors.torch import save_file
 
 from edgesd import packager, sources, targets
 from edgesd.child import Ran
+from edgesd.models.load import load
 from edgesd.runtime.generate import generate
 
 FAMILIES = ("sd2", "sdxl", "sdxl_refiner", "inpaint", "lcm")
@@ -64,3 +67,29 @@ def check_family(family, tmp_path, target):
     ours, truth = (generate(sources.open_pipeline(str(p)), PROMPT, **settings)[0] for p in (bundle, source))
     assert same(ours, truth)
     assert ours.image.std() > 2
+
+
+def test_what_was_added_is_in_the_bundle_and_its_manifest(tmp_path):
+    source = tiny.folder("sd1", tmp_path / "sd1")
+    layer = tiny.unet("sd1").conv_in.weight
+    down, up = torch.randn(2, *layer.shape[1:]), torch.randn(len(layer), 2, 1, 1)
+    lora, word = tmp_path / "style.safetensors", tmp_path / "toy.safetensors"
+    save_file({"lora_unet_conv_in.lora_down.weight": down, "lora_unet_conv_in.lora_up.weight": up}, lora)
+    save_file({"<toy>": torch.randn(2, tiny.TEXT)}, word)
+    added = {"loras": (f"{lora}:0.5",), "embeddings": (str(word),), "clip_skip": 1, "long_prompt": 48}
+    bundle = package(source, tmp_path, **added)
+    manifest = json.loads((bundle / "manifest.json").read_text())
+    assert manifest["critical"] == ["chunked-prompts", "expanded-tokens"]
+    assert [(i["kind"], i["name"], i["scale"]) for i in manifest["provenance"]["ingredients"]] == [
+        ("lora", "style.safetensors", 0.5),
+        ("embedding", "<toy>", None),
+    ]
+    assert str(tmp_path) not in json.dumps(manifest)
+    settings = {"num_inference_steps": 3, "sampler": "euler", "seed": 5}
+    prompt = f"a <toy> and {PROMPT} and {PROMPT} and a <toy>"
+    truth = sources.torch_pipeline(
+        load(source, lora=[f"{lora}:0.5"], embedding=[str(word)], clip_skip=1, long_prompt=48)
+    )
+    ours = generate(sources.open_pipeline(str(bundle)), prompt, **settings)[0]
+    assert same(ours, generate(truth, prompt, **settings)[0])
+    assert not same(ours, generate(sources.open_pipeline(source), prompt, **settings)[0])

@@ -40,7 +40,7 @@ def tiny_families(monkeypatch, tmp_path):
     return make
 
 
-@pytest.mark.parametrize("family", ["sd1", "sdxl", "inpaint"])
+@pytest.mark.parametrize("family", ["sd1", "sd2", "sdxl", "inpaint"])
 def test_a_file_becomes_the_model_it_holds(family, tiny_families):
     path, truth = tiny_families(family)
     model = load(str(path), tokenizer=WORDS)
@@ -78,7 +78,14 @@ def test_the_prediction_type_is_the_files_mark_or_the_users_word(tiny_families):
     assert open_checkpoint(str(path), tokenizer=WORDS).spec.prediction_type == "v_prediction"
 
 
-@pytest.mark.parametrize("lost", ["first_stage_model.decoder.conv_in.weight", "cond_stage_model.transformer.text_model.final_layer_norm.bias", "model.diffusion_model.out.2.bias"])  # fmt: skip
+@pytest.mark.parametrize(
+    "lost",
+    [
+        "first_stage_model.decoder.conv_in.weight",
+        "cond_stage_model.transformer.text_model.final_layer_norm.bias",
+        "model.diffusion_model.out.2.bias",
+    ],
+)
 def test_a_missing_tensor_is_named_or_counted(lost, tiny_families):
     path, _ = tiny_families("sd1")
     save_file({k: v for k, v in load_file(path).items() if k != lost}, path)
