@@ -14,7 +14,7 @@ from edgesd.runtime.policy import Policy, cost, point
 if TYPE_CHECKING:
     from edgesd.simulate import Outcomes
 
-CHARGES = tuple(i / 40 for i in range(41))
+CHARGES = tuple((i + 0.5) / 200 for i in range(200))
 
 
 def draw_policy(policy: Policy, path: Path) -> None:
@@ -33,7 +33,8 @@ def draw_policy(policy: Policy, path: Path) -> None:
                 words = f"{then.steps} steps\nwidth {then.width:g}" + (f"\nrest {then.cool_down_s:g} s"
                                                                       if then.cool_down_s else "")  # fmt: skip
                 middle = 100 * (CHARGES[start] + CHARGES[stop]) / 2
-                axes.text(middle, level, words, ha="center", va="center", fontsize=7, color="white")
+                axes.text(middle, level, words, ha="center", va="center", fontsize=7,
+                          color="black" if cost(then) > worst / 2 else "white")  # fmt: skip
         axes.set(title="charging" if charging else "running down", xlabel="battery, %")
         axes.set_yticks(range(len(THERMAL)), THERMAL)
     figure.suptitle(f"{policy.name}: {policy.about}", fontsize=9)

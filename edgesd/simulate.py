@@ -19,7 +19,7 @@ from edgesd.thermal import CLASSES, SESSION_S, DeviceClass, Trace, World, load_t
 
 FEW = 10  # pictures over which the rise of temperature is told
 MAX_PICTURES = 1000
-FIXED = {"fixed 20": (20, 1.0), "fixed 15": (15, 1.0), "fixed 10": (10, 1.0), "fixed 20, width 0.75": (20, 0.75)}
+FIXED = {"fixed 20": (20, 1.0), "fixed 15": (15, 1.0), "fixed 10": (10, 1.0), "fixed 20 w0.75": (20, 0.75)}
 BASELINE = "fixed 20"
 KEPT_ALIGNMENT = 0.97
 
@@ -237,21 +237,21 @@ def run(
 
 
 def _section(device: str, found: list[Outcomes], trace: Trace) -> Section:
-    columns = ("setting", "pictures", "worst s", "throttled", "battery", "life", "rise K", "alignment", "loses in")
+    columns = ("setting", "made", "worst s", "slow", "used", "life", "rise K", "aligned", "loses in")
     rows = tuple(
         (o.name, str(o.pictures), f"{o.worst_s:.1f}", f"{o.throttled:.0%}", f"{o.battery_used:.1%}", f"{o.life:.2f}",
          f"{o.rise_k:.1f}", _alignment(o), ", ".join(o.loses))
         for o in found
     )  # fmt: skip
     note = (
-        f"Against {BASELINE} in its time. life: pictures per charge over its; rise: over {FEW} pictures. alignment: "
-        "measured on the embedded model, over the share of pictures in brackets. Device figures are partly assumed "
-        "(--json names each source)."
+        f"Against {BASELINE} in its time. slow: time throttled; used: of the battery; life: pictures per charge over "
+        f"its; rise: over {FEW} pictures; aligned: measured on the embedded model, over the share of pictures in "
+        "brackets. Device figures are partly assumed; --json names each source."
     )
     return Section(f"{trace.name}, {device}", columns, rows, note)
 
 
 def _alignment(o: Outcomes) -> str:
     if o.alignment is None:
-        return "not measured"
+        return "unknown"
     return f"{o.alignment:.3f}" + (f" ({o.measured:.0%})" if o.measured < 1 else "")

@@ -14,6 +14,7 @@ from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
+from policy_cases import policy_json
 from samplers import SD, model
 
 from edgesd.runtime.loop import run
@@ -132,7 +133,9 @@ def sampling_json() -> dict:
 
 def main() -> None:
     FOLDER.mkdir(exist_ok=True)
-    for name, content in (("noise", noise_json()), ("sampling", sampling_json())):
+    for name, content in (
+        ("noise", noise_json()), ("sampling", sampling_json()), ("policy", policy_json(COMMAND))
+    ):  # fmt: skip
         (FOLDER / f"{name}.json").write_text(json.dumps(content, allow_nan=False) + "\n")
 
 

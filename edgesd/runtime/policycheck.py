@@ -1,8 +1,8 @@
 """What a policy's table must fulfil, found out by going through every cell that its rows' bounds cut the axes into.
 
 Refused: a gap, a row that is never first, rows of one level that differ, and any step towards hotter, emptier, later
-or fuller that costs more. Within a cell all rows answer alike, so the bounds, the midpoints between them and the ends
-of each axis are every case there is; each neighbour on each axis in turn is then every step there is.
+or fuller that costs more. Within a cell all rows answer alike, so the bounds and the midpoints between them (and the
+ends of an axis) are every case there is; each neighbour on each axis in turn is then every step there is.
 """
 
 from __future__ import annotations
@@ -86,12 +86,12 @@ def _cuts(policy: Policy, axis: str) -> list[Any]:
     if axis in SETS:
         return list(ORDER[axis])
     end = 1.0 if axis == "battery" else UNBOUNDED
-    bounds = {0.0, end}
-    for row in policy.rows:
-        allowed = getattr(row.when, axis)
-        bounds |= set() if allowed is None else {min(x, end) for x in allowed if x is not None}
-    edges = sorted(bounds)
-    cuts = sorted({*edges, *((a + b) / 2 for a, b in pairwise(edges))})
+    used = [getattr(row.when, axis) for row in policy.rows if getattr(row.when, axis) is not None]
+    bounds = {min(x, end) for allowed in used for x in allowed if x is not None}
+    between = {(a + b) / 2 for a, b in pairwise(sorted({0.0, end} | bounds))}
+    # An end of the axis answers like the stretch beside it, unless a condition holds there alone.
+    alone = {min(low, end) for low, high in used if low >= end or high == 0}
+    cuts = sorted(between | (bounds - {0.0, end}) | alone)
     return cuts if axis in MORE_IS_WORSE else cuts[::-1]
 
 
