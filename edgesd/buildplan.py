@@ -5,6 +5,7 @@ Figures come from the checkpoint's safetensors headers alone; no weight is read.
 
 from __future__ import annotations
 
+import inspect
 import json
 import math
 from dataclasses import dataclass, replace
@@ -16,6 +17,7 @@ from edgesd.errors import RequestError
 from edgesd.manifest import Axes
 from edgesd.models.facts import safetensors_header
 from edgesd.recipe import Recipe
+from edgesd.runtime.bank import read_prompts
 
 if TYPE_CHECKING:
     from edgesd.models.load import Checkpoint
@@ -31,6 +33,8 @@ WEIGHT_BYTES = {"fp32": 4, "fp16": 2}
 # Measured on the embedded model and on SD 1.5's architecture (docs/packaging.md); a new target starts at the largest.
 PEAK_FACTOR = {"onnx-web": 3.2, "openvino": 3.0, "tflite": 5.0, "coreml": 4.5}
 LIBRARIES_BYTES = {"onnx-web": 900 << 20, "openvino": 900 << 20, "tflite": 1600 << 20, "coreml": 1000 << 20}
+# The reference holds every part in float32 beside torch, diffusers and a picture's activations.
+REFERENCE_BYTES, REFERENCE_FACTOR = 1100 << 20, 1.15
 GRAPH_BYTES = 1 << 20  # what a file holds beside weights, about
 
 
@@ -55,13 +59,18 @@ class Planned:
 
 @dataclass(frozen=True)
 class BuildPlan:
-    """One bundle to make, whole: what, where, and the samplers whose tables go in."""
+    """One bundle to make, whole: what, where, and the samplers whose tables go in.
+
+    params: of the checkpoint's parts in memory. prompts: the only ones the bundle will know, () = any.
+    """
 
     recipe: Recipe
     checkpoint: Checkpoint
     destination: Path
     artefacts: tuple[Planned, ...]
     samplers: tuple[str, ...]
+    params: int = 0
+    prompts: tuple[str, ...] = ()
 
     @property
     def bytes(self) -> int:
@@ -70,11 +79,16 @@ class BuildPlan:
     @property
     def fp32_bytes(self) -> int:
         """Of the whole checkpoint in memory."""
-        return 4 * sum({p.component: p.params for p in self.artefacts}.values())
+        return 4 * self.params
+
+    @property
+    def reference_peak_bytes(self) -> int:
+        """Of the process that draws with the float32 reference, predicted."""
+        return REFERENCE_BYTES + int(REFERENCE_FACTOR * self.fp32_bytes)
 
     @property
     def peak_bytes(self) -> int:
-        return max(p.peak_bytes for p in self.artefacts)
+        return max(self.reference_peak_bytes, *(p.peak_bytes for p in self.artefacts))
 
 
 def make_plan(recipe: Recipe, checkpoint: Checkpoint, output: Path) -> BuildPlan:
@@ -89,15 +103,18 @@ def make_plan(recipe: Recipe, checkpoint: Checkpoint, output: Path) -> BuildPlan
             f"{recipe.chunks} chunks for {recipe.target}", "one: only coreml splits a UNet", "Drop --chunks"
         )
     artefacts = []
+    prompts = () if recipe.prompt_bank is None else read_prompts(Path(recipe.prompt_bank))
     for component in params:
+        if prompts and component.startswith("text_encoder"):
+            continue
         for axes in _axes(component, recipe, target, checkpoint.spec.defaults.size_px):
             artefacts.append(_predict(recipe.target, component, axes, params[component]))
     samplers = recipe.samplers if recipe.samplers else default_samplers(checkpoint.spec.defaults.sampler)
     if unknown := [name for name in samplers if name not in (*names(), "default")]:
         raise RequestError(f"sampler {unknown[0]!r}", ", ".join(names()), "edgesd samplers lists them")
-    plan = BuildPlan(
-        recipe, checkpoint, output / f"{checkpoint.spec.name}-{recipe.target}.edgesd", tuple(artefacts), samplers
-    )
+    destination = output / f"{checkpoint.spec.name}-{recipe.target}.edgesd"
+    whole = sum(params.values())
+    plan = BuildPlan(recipe, checkpoint, destination, tuple(artefacts), samplers, whole, prompts)
     _refuse(plan, target)
     return plan
 
@@ -182,7 +199,9 @@ def _refuse(plan: BuildPlan, target: Target) -> None:
     for planned in plan.artefacts:
         check = getattr(target, "check_plan", None)
         if check is not None:
-            check(planned.component, planned.bytes, planned.axes)
+            wanted = inspect.signature(check).parameters
+            options = {n: getattr(plan.recipe, n) for n in getattr(target, "lower_options", ()) if n in wanted}
+            check(planned.component, planned.bytes, planned.axes, **options)
         elif limit is not None and planned.bytes > limit:
             raise RequestError(
                 f"{planned.component} in {planned.axes.precision} takes {planned.bytes >> 20} MiB (predicted)",

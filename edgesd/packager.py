@@ -12,7 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -42,6 +42,7 @@ if TYPE_CHECKING:
 
 OWN_CHILD_BYTES = 256 << 20  # float32 weights beyond which a stage gets a process of its own
 CACHE_BYTES = 20 << 30
+PROMPTS = "prompts/bank.safetensors"
 LIBRARIES = (
     "torch", "diffusers", "transformers", "onnx", "onnxscript", "onnxruntime", "openvino", "litert-torch",
     "ai-edge-litert", "coremltools", "numpy",
@@ -50,12 +51,13 @@ LIBRARIES = (
 
 @dataclass(frozen=True)
 class Made:
-    """One finished bundle: its row group in the closing table."""
+    """One finished bundle: its row group in the closing table. prompt: one that it can draw."""
 
     path: Path
     manifest: Manifest
     seconds: float
     peak_bytes: int
+    prompt: str
 
 
 @dataclass
@@ -114,8 +116,7 @@ class Packaged:
             lost = "".join(f"\ndowngrade: {d.component}: {d.what} ({d.why})" for d in m.manifest.downgrades)
             columns = ("component", "variant", "size", "SNR dB", "status", "a call")
             sections.append(Section(m.manifest.target, columns, rows, total + lost))
-        prompt = golden.prompt_for(m.manifest.model)
-        draw = f'Draw with it: edgesd generate "{prompt}" -m {m.path} -o picture.png'
+        draw = f'Draw with it: edgesd generate "{m.prompt}" -m {m.path} -o picture.png'
         return [*sections, Section("", (), (), draw)]
 
     def _plan_sections(self) -> list[Section]:
@@ -178,7 +179,11 @@ def build(plan: BuildPlan, *, force: bool = False) -> Made:
         bundle.seal(folder, manifest)
         manifest = _measured(plan, folder, manifest, workers)
         bundle.seal(folder, manifest)
-    return Made(plan.destination, manifest, time.perf_counter() - began, workers.peak_bytes)
+    return Made(plan.destination, manifest, time.perf_counter() - began, workers.peak_bytes, _prompt(plan))
+
+
+def _prompt(plan: BuildPlan) -> str:
+    return plan.prompts[0] if plan.prompts else golden.prompt_for(plan.checkpoint.spec)
 
 
 # ---- stages ----------------------------------------------------------------------------------------------------
@@ -223,7 +228,8 @@ class _Workers:
 
 def _truth_key(plan: BuildPlan) -> str:
     c = plan.checkpoint
-    return stage_key("reference", c.sha256, c.spec, plan.samplers, plan.recipe.steps, libraries=LIBRARIES)
+    parts = (c.sha256, c.spec, plan.samplers, plan.recipe.steps, plan.prompts)
+    return stage_key("reference", *parts, libraries=LIBRARIES)
 
 
 def _lower_key(plan: BuildPlan, planned: Planned) -> str:
@@ -242,6 +248,7 @@ def _record_truth(plan: BuildPlan, folder: Path) -> None:
     from edgesd.models.ingredients import tokenizer_json
     from edgesd.models.load import load_parts, quiet
     from edgesd.models.preview import fit_rgb
+    from edgesd.runtime.bank import prepare
     from edgesd.runtime.table import save_tables
     from edgesd.sampling.compile import compile_tables
     from edgesd.sources import torch_pipeline
@@ -252,11 +259,15 @@ def _record_truth(plan: BuildPlan, folder: Path) -> None:
         for name in plan.samplers:
             tables = compile_tables(name, plan.checkpoint.spec.scheduler, steps)
             save_tables(files / "samplers" / f"{name}.safetensors", tables)
-        for index, spec in enumerate(plan.checkpoint.spec.tokenizers):
+        for index, spec in enumerate(() if plan.prompts else plan.checkpoint.spec.tokenizers):
             (files / spec.file).parent.mkdir(parents=True, exist_ok=True)
             (files / spec.file).write_text(tokenizer_json(plan.checkpoint, index), encoding="utf-8")
         truth = torch_pipeline(load_parts(plan.checkpoint))
-        settings = golden.settings_for(plan.checkpoint.spec, {name: steps for name in plan.samplers})
+        if plan.prompts:
+            truth = replace(truth, bank=prepare(truth, plan.prompts), tokenizers=())
+            (files / PROMPTS).parent.mkdir(exist_ok=True)
+            (files / PROMPTS).write_bytes(truth.bank.dump())
+        settings = golden.settings_for(plan.checkpoint.spec, {name: steps for name in plan.samplers}, _prompt(plan))
         recorded = golden.record(truth, settings)
         recorded.save(files)
         factors, bias = fit_rgb(truth)
@@ -276,15 +287,16 @@ def _lower(plan: BuildPlan, planned: Planned, folder: Path) -> None:
         component = build_component(planned.component, model.modules, model.spec, planned.axes)
         (folder / "files").mkdir()
         lowered = target.lower(component, planned.axes, folder / "files", **_options(plan))
-        cost = count(component.module, component.example)
+        whole = count(component.module, component.example)
+    params, macs = (whole.params, whole.macs) if lowered.cost is None else lowered.cost
     record = {
         "files": [f.as_posix() for f in lowered.files],
         "inputs": [t.model_dump(mode="json") for t in lowered.inputs],
         "outputs": [t.model_dump(mode="json") for t in lowered.outputs],
         "downgrades": [d.model_dump(mode="json") for d in lowered.downgrades],
         "compute_units": lowered.compute_units,
-        "params": cost.params,
-        "macs": cost.macs,
+        "params": params,
+        "macs": macs,
     }
     (folder / "lowered.json").write_text(json.dumps(record), encoding="utf-8")
 
@@ -322,7 +334,7 @@ def _manifest(
     steps = tuple(range(low[0], low[1] + 1))
     manifest = Manifest(
         target=plan.recipe.target,
-        critical=_critical(checkpoint.spec),
+        critical=_critical(plan),
         model=_shipped_spec(plan, facts),
         components=tuple(Component(name=name, variants=tuple(v)) for name, v in variants.items()),  # type: ignore[arg-type]
         samplers=tuple(SamplerFile(name=n, file=f"samplers/{n}.safetensors", steps=steps) for n in plan.samplers),
@@ -338,16 +350,22 @@ def _manifest(
             made=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         ),
         downgrades=tuple(downgrades),
+        prompts=PROMPTS if plan.prompts else None,
         files=bundle.entries(folder),
     )
     return golden.attach(manifest)
 
 
-def _critical(spec: ModelSpec) -> tuple[str, ...]:
+def _critical(plan: BuildPlan) -> tuple[str, ...]:
     """What a reader must know of prompts to draw what was asked for."""
-    chunked = any(t.chunks > 1 for t in spec.tokenizers)
-    expanded = any(t.expand for t in spec.tokenizers)
-    return tuple(name for name, used in (("chunked-prompts", chunked), ("expanded-tokens", expanded)) if used)
+    if plan.prompts:
+        return ("prompt-bank",)
+    tokenizers = plan.checkpoint.spec.tokenizers
+    used = {
+        "chunked-prompts": any(t.chunks > 1 for t in tokenizers),
+        "expanded-tokens": any(t.expand for t in tokenizers),
+    }
+    return tuple(name for name, needed in used.items() if needed)
 
 
 def _shipped_spec(plan: BuildPlan, facts: dict[str, Any]) -> ModelSpec:
@@ -358,7 +376,8 @@ def _shipped_spec(plan: BuildPlan, facts: dict[str, Any]) -> ModelSpec:
     sampler = spec.defaults.sampler if spec.defaults.sampler in plan.samplers else plan.samplers[0]
     steps = min(max(spec.defaults.steps, plan.recipe.steps[0]), plan.recipe.steps[1])
     defaults = spec.defaults.model_copy(update={"sampler": sampler, "steps": steps})
-    return spec.model_copy(update={"latent": latent, "defaults": defaults})
+    tokenizers = () if plan.prompts else spec.tokenizers
+    return spec.model_copy(update={"latent": latent, "defaults": defaults, "tokenizers": tokenizers})
 
 
 def _measured(plan: BuildPlan, folder: Path, manifest: Manifest, workers: _Workers) -> Manifest:

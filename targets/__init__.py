@@ -49,7 +49,8 @@ class Lowered:
     """What `lower` made. files are relative to the directory it was given, the one to open first.
 
     inputs and outputs as they stand in the artefact (dtype and shape may differ from the torch module's).
-    compute_units: the target's own hint for this component, "" for none.
+    compute_units: the target's own hint for this component, "" for none. cost: (params, macs) where the artefact is a
+    piece of the component; None = the whole of it.
     """
 
     files: tuple[Path, ...]
@@ -57,6 +58,7 @@ class Lowered:
     outputs: tuple[TensorSpec, ...]
     downgrades: tuple[Downgrade, ...] = ()
     compute_units: str = ""
+    cost: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True)

@@ -38,15 +38,28 @@ lower_modules = ("torch", "onnx", "onnxscript")
 capabilities = Capabilities(
     precisions=("fp32", "fp16"),
     max_file_bytes=(1 << 31) - (1 << 20),  # protobuf's limit, and the largest buffer of a browser
-    max_component_bytes=4 << 30,  # what a 32-bit WebAssembly memory can address, activations included
     forms=("wasm", "webgpu"),
 )
 
 default_variants = (("fp32", "wasm"), ("fp16", "webgpu"))
 form_status = {"webgpu": "unverified"}  # measured on this processor; its own adapter is in a browser
 
+# A browser's 32-bit WebAssembly memory ends at 4 GiB. There the weights stand twice while a session is made (file and
+# prepacked), so half is for them; with WebGPU they move on to the adapter's memory shard by shard.
+MEMORY_BYTES = {"wasm": 2 << 30, "webgpu": 4 << 30}
+
 OPSET = 21
 IR_VERSION = 10  # of opset 21; runtimes refuse versions newer than themselves
+
+
+def check_plan(component_name: str, predicted_bytes: int, axes: Axes) -> None:
+    """Refuses what no browser can load, before any work. Raises RequestError that says what would fit."""
+    form = axes.form if axes.form else forms(axes.precision)[0]
+    if predicted_bytes > MEMORY_BYTES[form]:
+        halved = predicted_bytes // (2 if axes.precision == "fp32" else 1)
+        fits = "--precision fp16 (WebGPU)" if halved <= MEMORY_BYTES["webgpu"] else "a smaller model"
+        came = f"{component_name} in {axes.precision} for {form} has {predicted_bytes / 2**30:.1f} GiB of weights"
+        raise RequestError(came, f"up to {MEMORY_BYTES[form] >> 30} GiB in a browser's 32-bit memory", f"Choose {fits}")
 
 
 def lower(component: Component, axes: Axes, directory: Path, **options: Any) -> Lowered:

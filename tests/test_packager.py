@@ -179,3 +179,14 @@ def test_ctrl_c_leaves_no_half_bundle_and_no_child(tmp_path):
     assert process.returncode == 130
     assert "interrupted" in err
     assert not list((tmp_path / "out").iterdir())
+
+
+@pytest.mark.parametrize(
+    ("target", "precision", "phrase"),
+    [("onnx-web", "fp32", "32-bit memory"), ("tflite", "fp32", "flatbuffer"), ("coreml", "fp16", "chunks")],
+)
+def test_what_a_target_cannot_hold_is_refused_before_any_work(target, precision, phrase, tmp_path, monkeypatch):
+    params = {"text_encoder": 123_060_480, "unet": 859_520_964, "vae_decoder": 49_490_199, "vae_encoder": 34_163_664}
+    monkeypatch.setattr("edgesd.buildplan.count_params", lambda checkpoint: params)  # the shapes of SD 1.5
+    with pytest.raises(RequestError, match=phrase):
+        make_plan(make_recipe(target=target, precision=precision), open_checkpoint(), tmp_path)

@@ -70,7 +70,14 @@ def write(
         for folder in list(Path(scratch).iterdir()):
             os.replace(folder, directory / folder.name)
     lost = tuple(Downgrade(component=component.name, what=what, why=why) for what, why in downgrades)
-    return Lowered(tuple(files), inputs, outputs, lost, compute_units)
+    return Lowered(tuple(files), inputs, outputs, lost, compute_units, _piece_cost(component) if count > 1 else None)
+
+
+def _piece_cost(piece: Component) -> tuple[int, int]:
+    from edgesd.models.count import count
+
+    cost = count(piece.module, piece.example)
+    return cost.params, cost.macs
 
 
 def _border(component: Component, axes: Axes) -> tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]]:
