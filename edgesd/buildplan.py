@@ -194,7 +194,23 @@ def _predict(target: str, component: str, axes: Axes, params: int) -> Planned:
     return Planned(component, axes, share, share * WEIGHT_BYTES[axes.precision] + GRAPH_BYTES, peak)
 
 
+def check_memory(plan: BuildPlan, limit_bytes: int) -> None:
+    """Raises RequestError when a process of the plan is predicted to need more than this."""
+    needed = {"the float32 reference": plan.reference_peak_bytes}
+    needed |= {f"{p.component} {p.axes.precision}": p.peak_bytes for p in plan.artefacts}
+    what, peak = max(needed.items(), key=lambda item: item[1])
+    if peak > limit_bytes:
+        gib = 1 << 30
+        raise RequestError(
+            f"{what} takes about {peak / gib:.1f} GiB to package for {plan.recipe.target} (predicted)",
+            f"--max-ram of {limit_bytes / gib:.1f} GiB",
+            f"Allow {math.ceil(peak / gib * 10) / 10:.1f} GiB, or choose a smaller model or --vae tiny",
+        )
+
+
 def _refuse(plan: BuildPlan, target: Target) -> None:
+    if plan.recipe.max_ram_bytes is not None:
+        check_memory(plan, plan.recipe.max_ram_bytes)
     limit = target.capabilities.max_component_bytes
     for planned in plan.artefacts:
         check = getattr(target, "check_plan", None)

@@ -179,6 +179,12 @@ def package(
         str | None, typer.Option("--prediction", help="For a .safetensors checkpoint: epsilon or v_prediction.")
     ] = None,
     long_prompt: Annotated[int, typer.Option("--long-prompt", min=0, help="Tokens a prompt may have.")] = 0,
+    prompt_bank: Annotated[
+        str | None, typer.Option("--prompt-bank", help="File of prompts: ship their embeddings, no text encoder.")
+    ] = None,
+    max_ram: Annotated[
+        str | None, typer.Option("--max-ram", help="Memory that packaging may hold, such as 8GB.")
+    ] = None,
     output: Annotated[Path, typer.Option("-o", "--output", help="Folder that receives the bundles.")] = Path("."),
     force: Annotated[
         bool, typer.Option("--force", help="Replace an existing bundle once the new one is whole.")
@@ -191,7 +197,7 @@ def package(
 ) -> None:
     """Turn a checkpoint into one bundle per target, each run and measured before it ships."""
     from edgesd import packager
-    from edgesd.recipe import parse_size, parse_steps, read_recipe
+    from edgesd.recipe import parse_bytes, parse_size, parse_steps, read_recipe
 
     fields: dict[str, Any] = read_recipe(recipe) if recipe is not None else {}
     given = {
@@ -203,7 +209,8 @@ def package(
         "steps": parse_steps(steps) if steps != "1-50" else None, "loras": tuple(lora) if lora else None,
         "embeddings": tuple(embedding) if embedding else None, "clip_skip": clip_skip if clip_skip else None,
         "unet": unet, "text_encoder": text_encoder, "tokenizer": tokenizer, "prediction": prediction,
-        "long_prompt": long_prompt if long_prompt else None,
+        "long_prompt": long_prompt if long_prompt else None, "prompt_bank": prompt_bank,
+        "max_ram_bytes": parse_bytes(max_ram) if max_ram is not None else None,
     }  # fmt: skip
     fields |= {key: value for key, value in given.items() if value is not None}
     result = packager.package_all(fields, target, output, force=force, dry_run=dry_run)

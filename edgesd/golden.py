@@ -166,16 +166,15 @@ def prompt_for(spec: ModelSpec) -> str:
     return _PROMPTS.get(spec.name, _NEUTRAL)
 
 
-def settings_for(spec: ModelSpec, steps_of: Mapping[str, Sequence[int]]) -> Settings:
+def settings_for(spec: ModelSpec, steps_of: Mapping[str, Sequence[int]], prompt: str | None = None) -> Settings:
     """The run to record for a bundle. steps_of: the step counts its tables hold, by sampler.
 
     The model's default sampler if it is there (else the first), the step count nearest to 8, the model's own guidance.
     """
     sampler = spec.defaults.sampler if spec.defaults.sampler in steps_of else next(iter(steps_of))
     steps = min(steps_of[sampler], key=lambda count: (abs(count - STEPS), count))
-    return Settings(
-        prompt=prompt_for(spec), sampler=sampler, num_inference_steps=steps, guidance_scale=spec.defaults.guidance
-    )
+    prompt = prompt_for(spec) if prompt is None else prompt
+    return Settings(prompt=prompt, sampler=sampler, num_inference_steps=steps, guidance_scale=spec.defaults.guidance)
 
 
 class _Recorder:

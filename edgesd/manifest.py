@@ -241,6 +241,8 @@ class Downgrade(Frozen):
 
 
 class Manifest(Frozen):
+    """A bundle. prompts: the file of prepared prompts of a bundle without text encoders (critical: prompt-bank)."""
+
     format: Annotated[str, Field(pattern=r"^[0-9]{1,4}\.[0-9]{1,4}$")] = FORMAT
     critical: Annotated[tuple[Name, ...], Field(max_length=64, fail_fast=True)] = ()
     target: Name
@@ -249,6 +251,7 @@ class Manifest(Frozen):
     samplers: Annotated[tuple[SamplerFile, ...], Field(min_length=1, max_length=64, fail_fast=True)]
     noise: NoiseSpec = NoiseSpec()
     golden: RelPath | None = None
+    prompts: RelPath | None = None
     quality: dict[str, Any] = {}
     provenance: Provenance
     downgrades: Annotated[tuple[Downgrade, ...], Field(max_length=4096, fail_fast=True)] = ()
@@ -265,7 +268,7 @@ class Manifest(Frozen):
             raise ValueError(f"the files have {total} bytes together, more than {MAX_BUNDLE_BYTES}")
         named = {f for c in self.components for v in c.variants for f in v.files}
         named |= {t.file for t in self.model.tokenizers} | {s.file for s in self.samplers}
-        named |= {self.golden} if self.golden is not None else set()
+        named |= {path for path in (self.golden, self.prompts) if path is not None}
         if missing := sorted(named - set(known)):
             raise ValueError(f"{missing[0]} is used but not listed in files")
         if len({c.name for c in self.components}) != len(self.components):

@@ -12,10 +12,10 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from edgesd import bundle, golden, targets
 from edgesd.buildplan import PART_OF, BuildPlan, Planned, make_plan
@@ -31,14 +31,10 @@ from edgesd.manifest import (
     TensorSpec,
     Variant,
 )
-from edgesd.parity import describe
+from edgesd.packaged import Made, Packaged
 from edgesd.recipe import make_recipe
-from edgesd.sheet import Section, decibels, duration, render, size
 from edgesd.stages import Stages
 from edgesd.stages import key as stage_key
-
-if TYPE_CHECKING:
-    from rich.console import Group
 
 OWN_CHILD_BYTES = 256 << 20  # float32 weights beyond which a stage gets a process of its own
 CACHE_BYTES = 20 << 30
@@ -47,86 +43,6 @@ LIBRARIES = (
     "torch", "diffusers", "transformers", "onnx", "onnxscript", "onnxruntime", "openvino", "litert-torch",
     "ai-edge-litert", "coremltools", "numpy",
 )  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Made:
-    """One finished bundle: its row group in the closing table. prompt: one that it can draw."""
-
-    path: Path
-    manifest: Manifest
-    seconds: float
-    peak_bytes: int
-    prompt: str
-
-
-@dataclass
-class Packaged:
-    """What `package` did, or would do (dry run)."""
-
-    plans: list[BuildPlan]
-    made: list[Made] = field(default_factory=list)
-    seconds: float = 0.0
-
-    def to_json(self) -> dict[str, Any]:
-        planned = [
-            {
-                "target": plan.recipe.target,
-                "path": str(plan.destination),
-                "predicted_bytes": plan.bytes,
-                "predicted_peak_bytes": plan.peak_bytes,
-                "samplers": list(plan.samplers),
-                "artefacts": [
-                    {"component": p.component, "folder": p.folder, "params": p.params, "predicted_bytes": p.bytes,
-                     "predicted_peak_bytes": p.peak_bytes}
-                    for p in plan.artefacts
-                ],
-            }
-            for plan in self.plans
-        ]  # fmt: skip
-        made = [
-            {
-                "target": m.manifest.target,
-                "path": str(m.path),
-                "bytes": sum(entry.bytes for entry in m.manifest.files),
-                "seconds": round(m.seconds, 1),
-                "peak_bytes": m.peak_bytes,
-                "components": [c.model_dump(mode="json") for c in m.manifest.components],
-                "quality": m.manifest.quality,
-                "downgrades": [d.model_dump(mode="json") for d in m.manifest.downgrades],
-            }
-            for m in self.made
-        ]
-        return {"bundles": made, "plans": planned, "seconds": round(self.seconds, 1), "dry_run": not self.made}
-
-    def table(self) -> Group:
-        return render(self._made_sections() if self.made else self._plan_sections())
-
-    def _made_sections(self) -> list[Section]:
-        sections = []
-        for m in self.made:
-            sizes = {entry.path: entry.bytes for entry in m.manifest.files}
-            rows = tuple(
-                (c.name, describe(v.axes), size(sum(sizes[f] for f in v.files)), decibels(v.snr_db), v.status,
-                 duration(v.seconds))
-                for c in m.manifest.components
-                for v in c.variants
-            )  # fmt: skip
-            total = f"{m.path}: {size(sum(sizes.values()))} in {m.seconds:.0f} s, peak memory {size(m.peak_bytes)}"
-            lost = "".join(f"\ndowngrade: {d.component}: {d.what} ({d.why})" for d in m.manifest.downgrades)
-            columns = ("component", "variant", "size", "SNR dB", "status", "a call")
-            sections.append(Section(m.manifest.target, columns, rows, total + lost))
-        draw = f'Draw with it: edgesd generate "{m.prompt}" -m {m.path} -o picture.png'
-        return [*sections, Section("", (), (), draw)]
-
-    def _plan_sections(self) -> list[Section]:
-        sections = []
-        for plan in self.plans:
-            rows = tuple((p.component, describe(p.axes), size(p.bytes), size(p.peak_bytes)) for p in plan.artefacts)
-            note = f"{plan.destination}: about {size(plan.bytes)}; tables: {', '.join(plan.samplers)}"
-            columns = ("component", "variant", "size (predicted)", "peak memory (predicted)")
-            sections.append(Section(f"{plan.recipe.target}, dry run: nothing was made", columns, rows, note))
-        return sections
 
 
 def package_all(
@@ -196,6 +112,7 @@ class _Workers:
         self.peak_bytes = 0
         self._target, self._stages = plan.recipe.target, Stages(limit_bytes=CACHE_BYTES)
         self._shared: Child | None = None
+        self.limit_bytes = child_limit(plan.recipe.max_ram_bytes)
 
     def __enter__(self) -> _Workers:
         return self
@@ -215,15 +132,24 @@ class _Workers:
         def make(folder: Path) -> None:
             if weight_bytes > OWN_CHILD_BYTES:
                 self.close()
-                ran = in_child(work, *args, folder, label=label)
+                ran = in_child(work, *args, folder, label=label, memory_limit_bytes=self.limit_bytes)
             else:
                 if self._shared is None:
-                    self._shared = Child()
+                    self._shared = Child(memory_limit_bytes=self.limit_bytes)
                 ran = self._shared.run(work, *args, folder, label=label)
             self.peak_bytes = max(self.peak_bytes, ran.peak_bytes)
 
         with _line(label):
             return self._stages.run(key, make)
+
+
+def child_limit(max_ram_bytes: int | None) -> int | None:
+    """What a child may hold so that it and this process stay within a limit together; None without one."""
+    if max_ram_bytes is None:
+        return None
+    import psutil
+
+    return max(1, max_ram_bytes - psutil.Process().memory_info().rss)
 
 
 def _truth_key(plan: BuildPlan) -> str:
@@ -264,9 +190,10 @@ def _record_truth(plan: BuildPlan, folder: Path) -> None:
             (files / spec.file).write_text(tokenizer_json(plan.checkpoint, index), encoding="utf-8")
         truth = torch_pipeline(load_parts(plan.checkpoint))
         if plan.prompts:
-            truth = replace(truth, bank=prepare(truth, plan.prompts), tokenizers=())
+            bank = prepare(truth, plan.prompts)
+            truth = replace(truth, bank=bank, tokenizers=())
             (files / PROMPTS).parent.mkdir(exist_ok=True)
-            (files / PROMPTS).write_bytes(truth.bank.dump())
+            (files / PROMPTS).write_bytes(bank.dump())
         settings = golden.settings_for(plan.checkpoint.spec, {name: steps for name in plan.samplers}, _prompt(plan))
         recorded = golden.record(truth, settings)
         recorded.save(files)
@@ -386,7 +313,7 @@ def _measured(plan: BuildPlan, folder: Path, manifest: Manifest, workers: _Worke
 
     label = f"{plan.recipe.target}: validate"
     with _line(label):
-        ran = in_child(validate.validate, folder, label=label)
+        ran = in_child(validate.validate, folder, label=label, memory_limit_bytes=workers.limit_bytes)
     workers.peak_bytes = max(workers.peak_bytes, ran.peak_bytes)
     report: validate.Report = ran.value
     if not report.passed:

@@ -53,6 +53,7 @@ def open_bundle(folder: Path, verify: bool | None = None, **options: Any) -> Pip
     """Opens a bundle with its target's runtime. Reads nothing but what the manifest lists and vouches for."""
     from edgesd import targets
     from edgesd.bundle import read
+    from edgesd.runtime.bank import load_bank
     from edgesd.runtime.table import load_tables
     from edgesd.runtime.tokenizer import PromptTokenizer
 
@@ -88,6 +89,7 @@ def open_bundle(folder: Path, verify: bool | None = None, **options: Any) -> Pip
         tokenizers=tuple(PromptTokenizer.from_file(bundle.path(t.file), t) for t in manifest.model.tokenizers),
         table=table,
         identity=f"{manifest.provenance.sha256}-{manifest.target}",
+        bank=None if manifest.prompts is None else load_bank(bundle.path(manifest.prompts)),
         steps=lambda name: next((entry.steps for entry in manifest.samplers if entry.name == name), ()),
     )
 

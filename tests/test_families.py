@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 
 from edgesd import packager, sources, targets
 from edgesd.child import Ran
+from edgesd.errors import RequestError
 from edgesd.models.load import load
 from edgesd.runtime.generate import generate
 
@@ -19,6 +20,9 @@ PROMPT = "a red circle above a blue square on a white background"
 
 class Inline:
     """Stands for a child process: the same calls, here."""
+
+    def __init__(self, memory_limit_bytes=None):
+        pass
 
     def run(self, function, *args, label=""):
         return Ran(function(*args), 0.0, 0)
@@ -93,3 +97,31 @@ def test_what_was_added_is_in_the_bundle_and_its_manifest(tmp_path):
     ours = generate(sources.open_pipeline(str(bundle)), prompt, **settings)[0]
     assert same(ours, generate(truth, prompt, **settings)[0])
     assert not same(ours, generate(sources.open_pipeline(source), prompt, **settings)[0])
+
+
+@pytest.mark.parametrize("family", ["sd1", "sdxl"])
+def test_prepared_prompts_need_no_text_encoder(family, tmp_path):
+    source = tiny.folder(family, tmp_path / family)
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text(f"{PROMPT}\n\n a (green:1.3) ring \nan ugly star\n{PROMPT}\n")
+    bundle = package(source, tmp_path, prompt_bank=str(prompts))
+    manifest = json.loads((bundle / "manifest.json").read_text())
+    assert manifest["critical"] == ["prompt-bank"]
+    assert [c["name"] for c in manifest["components"]] == ["unet", "vae_decoder", "vae_encoder"]
+    assert manifest["model"]["tokenizers"] == []
+    assert manifest["quality"]["passed"]
+    settings = {"num_inference_steps": 3, "sampler": "euler", "seed": 5, "negative_prompt": "an ugly star"}
+    banked, whole = sources.open_pipeline(str(bundle)), sources.open_pipeline(source)
+    for prompt in (PROMPT, "a (green:1.3) ring"):
+        assert same(generate(banked, prompt, **settings)[0], generate(whole, prompt, **settings)[0])
+    with pytest.raises(RequestError, match=r"not prepared.*a \(green:1\.3\) ring"):
+        generate(banked, "a blue ring", **settings)
+
+
+def test_memory_beyond_the_limit_is_refused_before_any_work(tmp_path):
+    source = tiny.folder("sd1", tmp_path / "sd1")
+    with pytest.raises(RequestError, match=r"\(predicted\).*--max-ram of 0\.5 GiB"):
+        package(source, tmp_path, max_ram_bytes=512 << 20)
+    assert not list(tmp_path.glob("*.edgesd"))
+    assert packager.child_limit(None) is None
+    assert 0 < packager.child_limit(64 << 30) < 64 << 30

@@ -10,6 +10,7 @@ from edgesd.manifest import ModelSpec
 from edgesd.runtime.session import Session
 
 if TYPE_CHECKING:
+    from edgesd.runtime.bank import PromptBank
     from edgesd.runtime.table import SamplerTable
     from edgesd.runtime.tokenizer import PromptTokenizer
 
@@ -20,7 +21,8 @@ class Pipeline:
 
     table: (sampler name, steps) -> SamplerTable; raises RequestError for a sampler or step count it lacks.
     steps: sampler name -> the step counts it has tables for; None = any.
-    identity: a hash of the weights, the key under which prompt embeddings may be cached.
+    identity: a hash of the weights, the key under which prompt embeddings may be cached. bank: the prompts that were
+    prepared, of a model without text encoders (tokenizers is then empty).
     """
 
     spec: ModelSpec
@@ -29,3 +31,4 @@ class Pipeline:
     table: Callable[[str, int], SamplerTable]
     identity: str
     steps: Callable[[str], tuple[int, ...]] | None = None
+    bank: PromptBank | None = None

@@ -30,7 +30,9 @@ class Encoded:
 
 
 def encode_prompt(pipeline: Pipeline, prompt: str, cache: PromptCache) -> Encoded:
-    """The prompt through every text encoder of the model, their states side by side (SDXL's order)."""
+    """The prompt through every text encoder of the model, their states side by side (SDXL's order), or as prepared."""
+    if pipeline.bank is not None:
+        return pipeline.bank.find(prompt)
     towers = [_tower(pipeline, tokenizer, prompt, cache) for tokenizer in pipeline.tokenizers]
     states = towers[0].states if len(towers) == 1 else np.concatenate([t.states for t in towers], axis=-1)
     pooled = next((t.pooled for t in towers if t.pooled is not None), None)
