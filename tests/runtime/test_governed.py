@@ -15,7 +15,20 @@ from edgesd.runtime.policy import Limits, Outcome, Policy, Row, When, load_polic
 from edgesd.runtime.settings import Settings, resolve
 
 PROMPT = "a red circle above a blue square on a white background"
-BALANCED = load_policy("balanced")
+
+
+def policy(**outcomes):
+    """A table from thermal words, the worst first."""
+    words = {"serious": ("serious",), "critical": ("critical",), "fair": ("fair",)}
+    rows = [
+        Row(name=heat, level=level, when=When(thermal=words[heat]), then=outcomes[heat], reason=f"It is {heat}.")
+        for level, heat in ((3, "critical"), (2, "serious"), (1, "fair"))
+        if heat in outcomes
+    ]
+    return Policy(name="own", about="x", rows=(*rows, Row(name="well", level=0, then=Outcome(steps=20), reason="x")))
+
+
+HEAT = policy(critical=Outcome(steps=10, guidance_until=0.5, cool_down_s=20.0), serious=Outcome(steps=12))
 
 
 @pytest.fixture(scope="module")
@@ -38,9 +51,9 @@ class Device:
         self.slept.append(seconds)
         self.now += seconds
 
-    def run(self, policy=BALANCED, deadline_s=None, **limits):
+    def run(self, table=HEAT, deadline_s=None, **limits):
         limits = Limits(**limits)
-        return PolicyRun(policy, self.sense, limits, deadline_s, clock=lambda: self.now, sleep=self.sleep)
+        return PolicyRun(table, self.sense, limits, deadline_s, clock=lambda: self.now, sleep=self.sleep)
 
 
 def drawn(pipeline, governor, given, start=None, **settings):
@@ -103,18 +116,10 @@ def test_a_rest_before_the_picture_is_logged_too(pipeline):
     assert [(c.kind, c.rows_run) for c in picture.settings.changes] == [("pause", 0)]
 
 
-def narrowing():
-    rows = (
-        Row(name="hot", level=2, when=When(thermal=("serious",)), then=Outcome(steps=20, width=0.5), reason="x"),
-        Row(name="warm", level=1, when=When(thermal=("fair",)), then=Outcome(steps=20, width=0.75), reason="x"),
-        Row(name="well", level=0, then=Outcome(steps=20), reason="x"),
-    )  # fmt: skip
-    return Policy(name="narrowing", about="x", rows=rows)
-
-
 def test_width_falls_once_and_never_rises_within_a_picture():
     device = Device("nominal", "fair", "serious", "nominal")
-    governor = device.run(narrowing(), widths=(0.5, 0.75, 1.0))
+    narrowing = policy(serious=Outcome(steps=20, width=0.5), fair=Outcome(steps=20, width=0.75))
+    governor = device.run(narrowing, widths=(0.5, 0.75, 1.0))
     governor.begin()
     kinds = [[(c.kind, c.width) for c in governor.ask(row, 2 * row)] for row in range(6)]
     assert kinds == [[], [("narrow", 0.75)], [], [], [], []]
