@@ -86,6 +86,9 @@ def generate(
     sensors: Annotated[Path | None, typer.Option("--sensors", help="JSON file with the device's state.")] = None,
     deadline: Annotated[float | None, typer.Option("--deadline", help="Seconds a picture may take.")] = None,
     min_steps: Annotated[int, typer.Option("--min-steps", help="The policy's floor; --steps is its ceiling.")] = 1,
+    reuse: Annotated[
+        bool, typer.Option("--reuse", help="Take the stored picture of the same request; store what is drawn.")
+    ] = False,
     threads: Threads = None,
     device: Device = None,
     as_json: Json = False,
@@ -117,6 +120,7 @@ def generate(
         device=device,
         refiner=refiner,
         policy=None if policy is None else Governing(policy, *given, min_steps),
+        reuse=reuse,
     )
     _show(result, as_json, drawing.describe(result))
 
@@ -182,6 +186,9 @@ def package(
     prompt_bank: Annotated[
         str | None, typer.Option("--prompt-bank", help="File of prompts: ship their embeddings, no text encoder.")
     ] = None,
+    device_class: Annotated[
+        list[str] | None, typer.Option("--device-class", help="Predict whether it fits: iphone-6gb, browser-wasm, …")
+    ] = None,
     max_ram: Annotated[
         str | None, typer.Option("--max-ram", help="Memory that packaging may hold, such as 8GB.")
     ] = None,
@@ -210,6 +217,7 @@ def package(
         "embeddings": tuple(embedding) if embedding else None, "clip_skip": clip_skip if clip_skip else None,
         "unet": unet, "text_encoder": text_encoder, "tokenizer": tokenizer, "prediction": prediction,
         "long_prompt": long_prompt if long_prompt else None, "prompt_bank": prompt_bank,
+        "device_classes": tuple(device_class) if device_class else None,
         "max_ram_bytes": parse_bytes(max_ram) if max_ram is not None else None,
     }  # fmt: skip
     fields |= {key: value for key, value in given.items() if value is not None}

@@ -23,6 +23,7 @@ from edgesd.runtime.cache import PromptCache
 from edgesd.runtime.canvas import Start
 from edgesd.runtime.generate import REFINER_START, Picture, sample, sample_batch
 from edgesd.runtime.governed import Governor
+from edgesd.runtime.pictures import PictureStore, picture_key
 from edgesd.runtime.pipeline import Pipeline
 from edgesd.runtime.settings import MAX_IMAGES, Settings, resolve
 from edgesd.runtime.state import State, load_state, save_state
@@ -69,22 +70,15 @@ def draw(
     state: Path | None = None,
     refiner: str | None = None,
     policy: Governing | None = None,
+    reuse: bool = False,
     **options: Any,
 ) -> dict[str, Any]:
     """Draws and saves; returns what was made, ready for JSON. Every file appears whole or not at all.
 
     state: where the run is kept after every step; if the file is there, the run goes on from it. Deleted at the end.
+    reuse: a picture of the same request is taken from the store, and others of the same words are offered in `similar`.
     """
-    if not 1 <= request.num_images <= MAX_IMAGES:
-        raise RequestError(f"{request.num_images} pictures", f"1 to {MAX_IMAGES}", "Change --count")
-    if output.suffix.lower() != ".png":
-        raise RequestError(f"output {output.name!r}", "a name that ends in .png", "Change -o")
-    if request.mask is not None and request.image is None:
-        raise RequestError("a mask without a picture", "--mask together with --image", "Add --image")
-    if state is not None and (request.num_images > 1 or (request.seed is None and repeat is None)):
-        raise RequestError("--state with a run that cannot be named", "one picture, with --seed", "Add --seed")
-    if policy is not None and (repeat is not None or state is not None or refiner is not None):
-        raise RequestError("--policy beside --from, --state or --refiner", "one or the other", "Leave one out")
+    _check(request, output, repeat, state, refiner, policy, reuse)
     repeated = None if repeat is None else images.read_settings(repeat)
     if repeated is None and (request.prompt is None or not request.prompt.strip()):
         raise RequestError("an empty prompt", "at least one word", "Say what to draw, or repeat a picture with --from")
@@ -97,12 +91,17 @@ def draw(
     start = _start(pipeline, request)
     run = None if policy is None else policy.run(pipeline, settings, request.num_inference_steps)
     cache = PromptCache(folder=cache_folder() / "prompts")
+    store = PictureStore(cache_folder() / "pictures") if reuse else None
     drawn = []
     with progress(request.num_images) as tick:
         for index in range(request.num_images):
             path = output if request.num_images == 1 else output.with_stem(f"{output.stem}-{index + 1}")
             one = replace(settings, index=settings.index + index)
             first = time.perf_counter()
+            key = picture_key(pipeline.identity, one, start)
+            if store is not None and (found := store.take(key, path)) is not None:
+                drawn.append(found | {"path": str(path), "changes": one.changes, "reused": True, "seconds": 0.0})
+                continue
             decision = None if run is None else run.begin()
             one = one if decision is None else governed(one, decision)
             kept = None if state is None else _Kept(state, pipeline, one)
@@ -115,8 +114,31 @@ def draw(
             if kept is not None:
                 kept.path.unlink(missing_ok=True)
             record["changes"] = record["settings"]["changes"]
+            if store is not None:
+                record |= {"reused": False, "similar": [str(p) for p in store.similar(pipeline.identity, one)]}
+                store.keep(key, path)
             drawn.append(record | {"path": str(path), "seconds": round(time.perf_counter() - first, 3)})
-    return {"pictures": drawn, "seconds": round(time.perf_counter() - began, 3), "cache": cache.stats()}
+    told = {"pictures": drawn, "seconds": round(time.perf_counter() - began, 3), "cache": cache.stats()}
+    return told if store is None else told | {"store": store.stats()}
+
+
+def _check(
+    request: Request, output: Path, repeat: Path | None, state: Path | None, refiner: str | None,
+    policy: Governing | None, reuse: bool,
+) -> None:  # fmt: skip
+    """RequestError for what does not go together."""
+    if not 1 <= request.num_images <= MAX_IMAGES:
+        raise RequestError(f"{request.num_images} pictures", f"1 to {MAX_IMAGES}", "Change --count")
+    if output.suffix.lower() != ".png":
+        raise RequestError(f"output {output.name!r}", "a name that ends in .png", "Change -o")
+    if request.mask is not None and request.image is None:
+        raise RequestError("a mask without a picture", "--mask together with --image", "Add --image")
+    if state is not None and (request.num_images > 1 or (request.seed is None and repeat is None)):
+        raise RequestError("--state with a run that cannot be named", "one picture, with --seed", "Add --seed")
+    if policy is not None and (repeat is not None or state is not None or refiner is not None):
+        raise RequestError("--policy beside --from, --state or --refiner", "one or the other", "Leave one out")
+    if reuse and (policy is not None or state is not None or refiner is not None):
+        raise RequestError("--reuse beside --policy, --state or --refiner", "one or the other", "Leave one out")
 
 
 def describe(result: dict[str, Any]) -> str:
@@ -130,6 +152,8 @@ def describe(result: dict[str, Any]) -> str:
         )
         lines += [f"  cut off, did not fit: {picture['truncated']}"] if picture["truncated"] else []
         lines += [f"  {note}" for note in picture["notes"]]
+        lines += ["  taken from the store: the same request was drawn before"] if picture.get("reused") else []
+        lines += [f"  of the same words, in the store: {other}" for other in picture.get("similar", ())]
     return "\n".join(lines)
 
 

@@ -24,7 +24,12 @@ if TYPE_CHECKING:
 
 __all__ = ["bench", "cache", "doctor", "inspect", "samplers"]
 
-CACHES = {"stages": "finished packaging stages", "prompts": "prompt embeddings", "receipts": "bundles already verified"}
+CACHES = {
+    "stages": "finished packaging stages",
+    "prompts": "prompt embeddings",
+    "pictures": "pictures, with --reuse",
+    "receipts": "bundles already verified",
+}
 MOST_SHOWN = 12  # operation types in the table; the JSON has all
 _PLAIN = ("float32", "f32", "")
 

@@ -28,10 +28,11 @@ def drawn(pipeline, monkeypatch, tmp_path):
     """draw(file name, policy, …) -> the first picture's record, on the embedded model opened once."""
     monkeypatch.setattr(drawing, "open_pipeline", lambda *_, **__: pipeline)
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("EDGESD_CACHE", str(tmp_path / "cache"))
 
-    def draw(name, policy=None, repeat=None, **request):
+    def draw(name, policy=None, repeat=None, reuse=False, **request):
         said = drawing.Request(prompt=None if repeat else PROMPT, **({} if repeat else {"seed": 1}), **request)
-        return drawing.draw(said, None, Path(name), policy=policy, repeat=repeat)["pictures"]
+        return drawing.draw(said, None, Path(name), policy=policy, repeat=repeat, reuse=reuse)["pictures"]
 
     return draw
 
@@ -102,6 +103,20 @@ def test_what_cannot_be_is_refused_and_writes_nothing(drawn, tmp_path, wrong, er
 def test_a_policy_beside_a_repeat_is_refused(drawn, tmp_path):
     with pytest.raises(RequestError, match="--policy beside"):
         drawn("x.png", Governing("balanced"), repeat=tmp_path / "p.png")
+
+
+def test_a_request_is_drawn_once_with_reuse_and_others_are_only_offered(drawn, pipeline, monkeypatch):
+    (first,) = drawn("a.png", reuse=True, num_inference_steps=2)
+    (other,) = drawn("b.png", reuse=True, num_inference_steps=3)
+    assert (first["reused"], first["similar"], other["reused"], len(other["similar"])) == (False, [], False, 1)
+    with monkeypatch.context() as patch:
+        patch.setattr(drawing, "sample", lambda *_: pytest.fail("it was drawn again"))
+        (again,) = drawn("c.png", reuse=True, num_inference_steps=2)
+    assert again["reused"]
+    assert Path("c.png").read_bytes() == Path("a.png").read_bytes()
+    assert not np.array_equal(Image.open("b.png"), Image.open("a.png"))
+    with pytest.raises(RequestError, match="--reuse beside"):
+        drawn("d.png", Governing("balanced"), reuse=True)
 
 
 @pytest.mark.parametrize("name", policy_names())

@@ -105,19 +105,20 @@ class PromptCache:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             write_whole(path, data)
-            self._evict(path.parent)
+            evict(path.parent, _SUFFIX, self.max_disk_bytes)
         except OSError:
             self._counts["unsaved"] += 1
 
-    def _evict(self, folder: Path) -> None:
-        """Deletes the files unused for longest until the folder is within its limit."""
-        files = sorted((p.stat().st_mtime_ns, p.stat().st_size, p) for p in folder.glob(f"*{_SUFFIX}"))
-        total = sum(size for _, size, _ in files)
-        for _, size, path in files:
-            if total <= self.max_disk_bytes:
-                return
-            path.unlink(missing_ok=True)
-            total -= size
+
+def evict(folder: Path, suffix: str, max_bytes: int) -> None:
+    """Deletes a folder's files of one kind, those unused for longest first, until it is within its limit."""
+    files = sorted((p.stat().st_mtime_ns, p.stat().st_size, p) for p in folder.glob(f"*{suffix}"))
+    total = sum(size for _, size, _ in files)
+    for _, size, path in files:
+        if total <= max_bytes:
+            return
+        path.unlink(missing_ok=True)
+        total -= size
 
 
 def _seal(key: str, array: np.ndarray) -> bytes:
