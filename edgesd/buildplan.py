@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from edgesd import targets
+from edgesd import devices, targets
 from edgesd.errors import RequestError
 from edgesd.manifest import Axes
 from edgesd.models.facts import safetensors_header
@@ -209,6 +209,7 @@ def check_memory(plan: BuildPlan, limit_bytes: int) -> None:
 
 
 def _refuse(plan: BuildPlan, target: Target) -> None:
+    devices.find(plan.recipe.device_classes)
     if plan.recipe.max_ram_bytes is not None:
         check_memory(plan, plan.recipe.max_ram_bytes)
     limit = target.capabilities.max_component_bytes

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgesd.buildplan import BuildPlan
+from edgesd.devices import Fit, find, predict
 from edgesd.manifest import Manifest
 from edgesd.parity import describe
 from edgesd.sheet import Section, decibels, duration, render, size
@@ -47,6 +48,7 @@ class Packaged:
                      "predicted_peak_bytes": p.peak_bytes}
                     for p in plan.artefacts
                 ],
+                "device_classes": [fit.to_json() for fit in _fits(plan)],
             }
             for plan in self.plans
         ]  # fmt: skip
@@ -82,14 +84,20 @@ class Packaged:
             lost = "".join(f"\ndowngrade: {d.component}: {d.what} ({d.why})" for d in m.manifest.downgrades)
             columns = ("component", "variant", "size", "SNR dB", "status", "a call")
             sections.append(Section(m.manifest.target, columns, rows, total + lost))
+        told = [fit.describe() for plan in self.plans for fit in _fits(plan)]
         draw = f'Draw with it: edgesd generate "{m.prompt}" -m {m.path} -o picture.png'
-        return [*sections, Section("", (), (), draw)]
+        return [*sections, Section("", (), (), "\n".join([*told, draw]))]
 
     def _plan_sections(self) -> list[Section]:
         sections = []
         for plan in self.plans:
             rows = tuple((p.component, describe(p.axes), size(p.bytes), size(p.peak_bytes)) for p in plan.artefacts)
             note = f"{plan.destination}: about {size(plan.bytes)}; tables: {', '.join(plan.samplers)}"
+            note = "\n".join([note, *(fit.describe() for fit in _fits(plan))])
             columns = ("component", "variant", "size (predicted)", "peak memory (predicted)")
             sections.append(Section(f"{plan.recipe.target}, dry run: nothing was made", columns, rows, note))
         return sections
+
+
+def _fits(plan: BuildPlan) -> list[Fit]:
+    return [predict(device, plan) for device in find(plan.recipe.device_classes)]

@@ -28,6 +28,7 @@ class Recipe(BaseModel):
     pieces): Core ML alone. unet, text_encoder: folders to swap those parts. tokenizer, prediction: for a single file.
     loras, embeddings: "FILE:scale", "FILE:word". clip_skip: text layers left out. long_prompt: tokens a prompt may
     have. prompt_bank: file of the only prompts the bundle will know. max_ram_bytes: what packaging may hold in memory.
+    device_classes: devices to predict the fit for (edgesd.devices).
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
@@ -55,6 +56,7 @@ class Recipe(BaseModel):
     clip_skip: Annotated[int, Field(ge=0, le=64)] = 0
     long_prompt: Annotated[int, Field(ge=0, le=4096)] = 0
     prompt_bank: str | None = None
+    device_classes: tuple[str, ...] = ()
     max_ram_bytes: Annotated[int, Field(ge=1 << 20, le=1 << 50)] | None = None
 
     @field_validator("steps")
