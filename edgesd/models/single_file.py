@@ -77,7 +77,8 @@ def configs(family: str) -> dict[str, Any]:
 def convert(file: Path, tokenizer: str | None = None, prediction: str | None = None) -> Path:
     """The diffusers folder of a single file, made once and kept in the stage cache.
 
-    tokenizer: folder with CLIP's vocabulary (or a pipeline that has one); None asks the hub. prediction: "epsilon" or
+    tokenizer: folder with CLIP's vocabulary (or a pipeline that has one); None takes the folder `tokenizer` beside the
+    file, else the hub's. prediction: "epsilon" or
     "v_prediction" where the file's family leaves it open; None = the file's own mark, else the family's usual one.
     Raises RequestError (another family, a LoRA), DataError (broken or incomplete), SetupError (no vocabulary).
     """
@@ -86,7 +87,7 @@ def convert(file: Path, tokenizer: str | None = None, prediction: str | None = N
 
     header = safetensors_header(file)
     family = family_of(header, file.name)
-    words = vocabulary(tokenizer)
+    words = vocabulary(tokenizer, file.parent)
     said = prediction if prediction is not None else ("v_prediction" if "v_pred" in header else None)
     hashes = [hash_file(words / name) for name in WORDS if (words / name).is_file()]
     stage = key(f"single-file-{family.replace('_', '-')}", hash_file(file), hashes, said, libraries=_LIBRARIES)
@@ -116,23 +117,30 @@ def patched(family: Mapping[str, Any], header: Mapping[str, Any], prediction: st
     return {**family, "unet": {**family["unet"], "in_channels": channels}, "scheduler": scheduler}
 
 
-def vocabulary(tokenizer: str | None) -> Path:
-    """A folder with CLIP's vocabulary: `tokenizer`, its folder in a pipeline, or the hub's copy."""
+def vocabulary(tokenizer: str | None, beside: Path) -> Path:
+    """A folder with CLIP's vocabulary: `tokenizer`, its folder in a pipeline, `beside`/tokenizer, or the hub's copy."""
     if tokenizer is None:
+        if _has_words(beside / "tokenizer"):
+            return beside / "tokenizer"
         try:
             return hub_folder(CLIP_VOCABULARY, None, ["vocab.json", "merges.txt"])
         except (SetupError, RequestError):
             raise SetupError(
                 "a single file holds no tokenizer, and the hub cannot be reached for CLIP's",
                 "a folder with vocab.json and merges.txt, or with tokenizer.json",
-                "Pass --tokenizer FOLDER: the tokenizer folder of any Stable Diffusion in diffusers' layout",
+                "Pass --tokenizer FOLDER, or put that folder beside the file as `tokenizer`: any Stable Diffusion in"
+                " diffusers' layout has one",
             ) from None
     folder = Path(tokenizer).expanduser()
     for place in (folder, folder / "tokenizer"):
-        if (place / "tokenizer.json").is_file() or all((place / name).is_file() for name in WORDS[:2]):
+        if _has_words(place):
             return place
     raise RequestError(f"no tokenizer in {tokenizer!r}", "a folder with vocab.json and merges.txt, or tokenizer.json",
                        "Check --tokenizer")  # fmt: skip
+
+
+def _has_words(folder: Path) -> bool:
+    return (folder / "tokenizer.json").is_file() or all((folder / name).is_file() for name in WORDS[:2])
 
 
 def write_folder(file: Path, parts: Mapping[str, Any], words: Path, folder: Path) -> None:

@@ -1,6 +1,7 @@
 """Single files in the original key layout: told by their tensors, converted whole, drawn like the model they hold."""
 
 import json
+import shutil
 from pathlib import Path
 
 import original
@@ -149,9 +150,16 @@ def test_no_vocabulary_is_a_matter_of_setup(monkeypatch, tmp_path):
 
     monkeypatch.setattr(single_file, "hub_folder", unreachable)
     with pytest.raises(SetupError, match="--tokenizer FOLDER"):
-        single_file.vocabulary(None)
+        single_file.vocabulary(None, tmp_path)
     with pytest.raises(RequestError, match="no tokenizer"):
-        single_file.vocabulary(str(tmp_path))
+        single_file.vocabulary(str(tmp_path), tmp_path)
+
+
+def test_a_tokenizer_beside_the_file_needs_no_word(tiny_families):
+    path, _ = tiny_families("sd1")
+    shutil.copytree(WORDS, path.parent / "tokenizer")
+    assert single_file.vocabulary(None, path.parent) == path.parent / "tokenizer"
+    assert sources.open_pipeline(str(path)).spec.name == "my-model"
 
 
 @pytest.mark.parametrize("family", single_file.FAMILIES)
