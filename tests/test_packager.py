@@ -113,7 +113,7 @@ def test_what_falls_short_is_not_shipped(made, tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
-def _no_child(function, *args, label=""):
+def _no_child(function, *args, **options):
     from edgesd.child import Ran
 
     return Ran(function(*args), 0.0, 0)
