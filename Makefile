@@ -4,12 +4,13 @@ PYTHON ?= python3
 BIN = $(VENV)/bin
 
 .PHONY: setup check test bench demo
-# torch comes first and by version: a range would pull CUDA builds where the CPU build is wanted.
-$(VENV)/.ready: pyproject.toml
+# torch comes first and by version: a range would pull CUDA builds where the CPU build is wanted. The constraints are the
+# versions tested together; without them pip searches long.
+$(VENV)/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade pip
-	$(BIN)/pip install --quiet torch==2.13.0
-	$(BIN)/pip install --quiet -e ".[dev]"
+	$(BIN)/pip install --quiet -c constraints.txt torch==2.13.0
+	$(BIN)/pip install --quiet -c constraints.txt -e ".[dev]"
 	touch $@
 
 setup: $(VENV)/.ready
