@@ -15,9 +15,14 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 
 setup: $(VENV)/.ready
 
+PROMPT = a red circle above a blue square on a white background
+TARGETS = onnx-web openvino tflite coreml
+
 demo: setup
 	$(BIN)/edgesd package --target all -o out --force
-	$(BIN)/edgesd generate "a red circle above a blue square on a white background" -m out/shapes-onnx-web.edgesd -o out/picture.png
+	for target in $(TARGETS); do \
+	  $(BIN)/edgesd generate "$(PROMPT)" --seed 3 -m out/shapes-$$target.edgesd -o out/$$target.png || exit; \
+	done
 
 check: setup
 	$(BIN)/ruff check .

@@ -1,6 +1,6 @@
 """Published architectures with random weights, as diffusers folders: for speed and memory, never for quality.
 
-    python benchmarks/architectures.py sd15 FOLDER
+python benchmarks/architectures.py sd15 FOLDER
 """
 
 from __future__ import annotations

@@ -9,7 +9,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 VENDORS = {
-    "onnx", "onnxruntime", "onnxscript", "openvino", "coremltools", "ai_edge_litert", "litert_torch", "nncf", "tensorflow",
+    "onnx", "onnxruntime", "onnxscript", "openvino", "coremltools", "ai_edge_litert", "litert_torch", "nncf",
+    "tensorflow",
 }  # fmt: skip
 TORCH = {"torch", "diffusers", "transformers", "accelerate"}
 

@@ -37,7 +37,7 @@ def count(module: nn.Module, inputs: Sequence[torch.Tensor]) -> Cost:
     # Fused attention would hide its two products from the counter.
     unfused = sdpa_kernel(SDPBackend.MATH)
     with FakeTensorMode(allow_non_fake_inputs=True) as fake, torch.no_grad(), unfused:
-        shapes = {name: fake.from_tensor(tensor.detach()) for name, tensor in tensors.items()}
+        shapes: dict[str, torch.Tensor] = {name: fake.from_tensor(tensor.detach()) for name, tensor in tensors.items()}
         with FlopCounterMode(display=False) as counter:
             torch.func.functional_call(module, shapes, tuple(fake.from_tensor(x) for x in inputs))
     root = type(module).__name__

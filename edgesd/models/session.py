@@ -37,7 +37,7 @@ class TorchSession:
             self._modules = {k: m.to(device, self._dtype) for k, m in model.modules.items()}
         self._forward = forward(model.spec)
         # Convolutions run in oneDNN's own layout; channels-last spares the reorders between them.
-        self._modules["unet"].to(memory_format=torch.channels_last)
+        self._modules["unet"].to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def has(self, component: str) -> bool:
         return component in ("vae_decoder", "vae_encoder") or component in self._modules

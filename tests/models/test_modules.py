@@ -74,9 +74,7 @@ def test_building_leaves_the_callers_modules_alone_and_copies_no_weight():
 @pytest.mark.parametrize("clip_skip", [0, 1])
 def test_text_encoder_equals_transformers(clip_skip):
     parts = tiny.modules("sd1")
-    component = m.build(
-        "text_encoder", parts, tiny.spec("sd1").model_copy(update={"clip_skip": clip_skip}), AXES
-    )
+    component = m.build("text_encoder", parts, tiny.spec("sd1").model_copy(update={"clip_skip": clip_skip}), AXES)
     model = parts["text_encoder"]
     with torch.no_grad():
         truth = model(component.example[0], output_hidden_states=True)
