@@ -14,6 +14,8 @@ from typing import Annotated, Any
 
 import typer
 
+from edgesd import verbs
+from edgesd.console import Device, Json, Model, Rng, Threads, pair, show
 from edgesd.errors import EdgesdError, RequestError
 
 app = typer.Typer(
@@ -26,14 +28,6 @@ app = typer.Typer(
 )
 
 _INTERRUPTED = "interrupted; nothing half-done was left behind"
-Model = Annotated[
-    str | None,
-    typer.Option("-m", "--model", help="Bundle, diffusers folder or hub id; the embedded model if left out."),
-]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
-Threads = Annotated[int | None, typer.Option("--threads", min=1, help="Processor threads; all if left out.")]
-Device = Annotated[str | None, typer.Option("--device", help="OpenVINO device: CPU, GPU or NPU.")]
-Rng = Annotated[str, typer.Option("--rng", help="philox (portable) or torch (diffusers' noise).")]
 
 
 @app.command()
@@ -122,7 +116,7 @@ def generate(
         policy=None if policy is None else Governing(policy, *given, min_steps),
         reuse=reuse,
     )
-    _show(result, as_json, drawing.describe(result))
+    show(result, as_json, drawing.describe(result))
 
 
 @app.command()
@@ -146,7 +140,7 @@ def evaluate(
         model, against, prompts=prompts, seed=seed, steps=steps, sampler=sampler, guidance=guidance, sheet=sheet,
         threads=threads, device=device,
     )  # fmt: skip
-    _show(report.to_json(), as_json, report.describe())
+    show(report.to_json(), as_json, report.describe())
 
 
 @app.command()
@@ -222,7 +216,7 @@ def package(
     }  # fmt: skip
     fields |= {key: value for key, value in given.items() if value is not None}
     result = packager.package_all(fields, target, output, force=force, dry_run=dry_run)
-    _show(result.to_json(), as_json, result.table())
+    show(result.to_json(), as_json, result.table())
 
 
 @app.command()
@@ -231,7 +225,7 @@ def validate(bundle: Path, as_json: Json = False) -> None:
     from edgesd import validate as room
 
     report = room.validate(bundle)
-    _show(report.to_json(), as_json, report.table())
+    show(report.to_json(), as_json, report.table())
     report.require()
 
 
@@ -241,7 +235,7 @@ def selftest(bundle: Path, as_json: Json = False) -> None:
     from edgesd import validate as room
 
     report = room.selftest(bundle)
-    _show(report.to_json(), as_json, report.table())
+    show(report.to_json(), as_json, report.table())
     report.require()
 
 
@@ -250,7 +244,7 @@ def inspect(bundle: Path, as_json: Json = False) -> None:
     """Components, variants, sizes, operations by type and precision, tables."""
     from edgesd import inspection
 
-    _show(*_pair(inspection.inspect(bundle), as_json))
+    show(*pair(inspection.inspect(bundle), as_json))
 
 
 @app.command()
@@ -264,57 +258,7 @@ def bench(
     """Cold load, warm load, seconds per call by component, peak memory: medians and spread."""
     from edgesd import inspection
 
-    _show(*_pair(inspection.bench(bundle, runs=runs, threads=threads, device=device), as_json))
-
-
-policy_app = typer.Typer(help="Tables that decide by the device's state how much a picture gets.", no_args_is_help=True)
-app.add_typer(policy_app, name="policy")
-
-
-@policy_app.command("list")
-def policy_list(as_json: Json = False) -> None:
-    """List the policies that ship."""
-    from edgesd import governing
-
-    _show(*_pair(governing.policies(), as_json))
-
-
-@policy_app.command("show")
-def policy_show(
-    name: Annotated[str, typer.Argument(help="A name that `edgesd policy list` shows, or a .json file.")],
-    output: Annotated[Path | None, typer.Option("-o", "--output", help="PNG chart to write.")] = None,
-    as_json: Json = False,
-) -> None:
-    """Check a policy and show it row by row."""
-    from edgesd import governing
-
-    _show(*_pair(governing.show(name, output), as_json))
-
-
-@app.command()
-def simulate(
-    bundle: Path,
-    trace: Annotated[str, typer.Option("--trace", help="cool, hot, sun, empty, charging or a .json file.")] = "hot",
-    pictures: Annotated[int, typer.Option("--pictures", help="That fixed 20 steps draw; all get their time.")] = 20,
-    policy: Annotated[list[str] | None, typer.Option("--policy", help="Policies to play; all if left out.")] = None,
-    width: Annotated[
-        list[float] | None, typer.Option("--width", help="Pretend that the bundle has this width too; repeatable.")
-    ] = None,
-    output: Annotated[Path | None, typer.Option("-o", "--output", help="PNG plot to write.")] = None,
-    as_json: Json = False,
-) -> None:
-    """Play policies against fixed settings on simulated phones: pictures, latency, heat, battery, alignment."""
-    from edgesd import simulate as room
-
-    sheet = room.run(
-        bundle,
-        trace,
-        pictures=pictures,
-        policies=tuple(policy if policy is not None else ()),
-        widths=tuple(width if width is not None else ()),
-        plot=output,
-    )
-    _show(*_pair(sheet, as_json))
+    show(*pair(inspection.bench(bundle, runs=runs, threads=threads, device=device), as_json))
 
 
 @app.command()
@@ -322,7 +266,7 @@ def doctor(as_json: Json = False) -> None:
     """Versions, extras, disk, memory, and what each target can do here."""
     from edgesd import inspection
 
-    _show(*_pair(inspection.doctor(), as_json))
+    show(*pair(inspection.doctor(), as_json))
 
 
 @app.command()
@@ -333,7 +277,7 @@ def samplers(
     """List the samplers and what each costs."""
     from edgesd import inspection
 
-    _show(*_pair(inspection.samplers(steps), as_json))
+    show(*pair(inspection.samplers(steps), as_json))
 
 
 @app.command()
@@ -344,7 +288,7 @@ def cache(
     """Show or clear what edgesd keeps between runs."""
     from edgesd import inspection
 
-    _show(*_pair(inspection.cache(clear=clear), as_json))
+    show(*pair(inspection.cache(clear=clear), as_json))
 
 
 @app.command(name="manifest-schema")
@@ -355,18 +299,7 @@ def manifest_schema() -> None:
     typer.echo(json.dumps(json_schema(), indent=1))
 
 
-def _pair(result: Any, as_json: bool) -> tuple[dict[str, Any], bool, Any]:
-    return result.to_json(), as_json, None if as_json else result.table()
-
-
-def _show(result: dict[str, Any], as_json: bool, rendered: Any) -> None:
-    """One JSON object, or a rich table or text, on stdout."""
-    if as_json:
-        typer.echo(json.dumps(result, ensure_ascii=False, allow_nan=False))
-    else:
-        from rich.console import Console
-
-        Console(soft_wrap=isinstance(rendered, str), highlight=False).print(rendered)
+verbs.register(app)
 
 
 def main() -> None:
