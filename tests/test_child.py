@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 import time
 
 import numpy as np
@@ -173,16 +172,6 @@ def hold_and_wait(megabytes):
     return kept.size
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX signals")
-def test_ctrl_c_ends_the_child_and_what_it_started():
-    child = Child()
-    pids = [child.run(os.getpid).value, child.run(start_a_sleeper).value]
-    threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT)).start()
-    with pytest.raises(KeyboardInterrupt):
-        child.run(time.sleep, 60)
-    assert all(gone(pid) for pid in pids)
-
-
 PARENT = """
 import sys; sys.path[:] = {path!r}
 import os, time
@@ -203,3 +192,21 @@ def test_it_dies_with_its_parent(busy):
         assert psutil.pid_exists(pid)
         parent.kill()
     assert gone(pid)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX signals")
+def test_ctrl_c_ends_the_child_and_what_it_started():
+    # In a process of its own: a stray Ctrl-C here would end the tests.
+    code = PARENT.format(path=[*sys.path, os.path.dirname(__file__)], busy="time.sleep, 60")
+    code = code.replace("child = Child()", "from test_child import start_a_sleeper; child = Child()")
+    code = code.replace("getpid).value", "getpid).value, child.run(start_a_sleeper).value")
+    with subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as parent:
+        assert parent.stdout is not None
+        pids = [int(word) for word in parent.stdout.readline().split()]
+        time.sleep(0.3)
+        parent.send_signal(signal.SIGINT)
+        assert "KeyboardInterrupt" in parent.communicate(timeout=30)[1]
+    assert len(pids) == 2
+    assert all(gone(pid) for pid in pids)
