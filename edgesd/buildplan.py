@@ -31,7 +31,7 @@ PART_OF = {
 WEIGHT_BYTES = {"fp32": 4, "fp16": 2}
 # Peak of a converter's process: units of the component's float32 bytes, and what its libraries take before any weight.
 # Measured on the embedded model and on SD 1.5's architecture (docs/packaging.md); a new target starts at the largest.
-PEAK_FACTOR = {"onnx-web": 3.2, "openvino": 3.0, "tflite": 5.0, "coreml": 4.5}
+PEAK_FACTOR = {"onnx-web": 2.8, "openvino": 2.4, "tflite": 3.4, "coreml": 4.5}
 LIBRARIES_BYTES = {"onnx-web": 900 << 20, "openvino": 900 << 20, "tflite": 1600 << 20, "coreml": 1000 << 20}
 # The reference holds every part in float32 beside torch, diffusers and a picture's activations.
 REFERENCE_BYTES, REFERENCE_FACTOR = 1100 << 20, 1.15
