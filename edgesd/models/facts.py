@@ -72,6 +72,9 @@ def read_spec(
     family = family_of(unet, tuple(tokenizers))
     zeros = read_json(folder / "model_index.json").get("force_zeros_for_empty_prompt", True)
     scheduler = read_json(folder / "scheduler" / "scheduler_config.json")
+    if not family.startswith("sdxl"):
+        # diffusers' StableDiffusionPipeline overrides these two of old configs: that is how such models are used.
+        scheduler |= {key: value for key, value in (("steps_offset", 1), ("clip_sample", False)) if key in scheduler}
     latent = _latent(vae, sidecar)
     prediction = scheduler.get("prediction_type", "epsilon")
     embedding = unet.get("time_cond_proj_dim")

@@ -1,5 +1,7 @@
 """The reference runtime against diffusers' own pipelines, on the embedded model and the same noise."""
 
+import shutil
+
 import numpy as np
 import pytest
 import torch
@@ -206,3 +208,19 @@ def test_a_resumed_picture_equals_the_uninterrupted_one_to_the_bit(pipeline, sam
         assert len(rest) == len(steps) - step.row - 1
         assert np.array_equal(resumed.latents, whole.latents)
         assert np.array_equal(resumed.image, whole.image)
+
+
+def test_an_old_scheduler_config_is_read_as_diffusers_pipeline_reads_it(tmp_path):
+    from diffusers import DDIMScheduler, StableDiffusionPipeline
+
+    shutil.copytree(embedded_folder(), tmp_path / "model")
+    old = DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
+    assert (old.config.steps_offset, old.config.clip_sample) == (0, True)
+    old.save_pretrained(tmp_path / "model" / "scheduler")
+    theirs = StableDiffusionPipeline.from_pretrained(tmp_path / "model", torch_dtype=torch.float32, scheduler=old)
+    theirs.set_progress_bar_config(disable=True)
+    expected = theirs(PROMPT, num_inference_steps=6, guidance_scale=4.0, generator=seeded(1)).images[0]
+    opened = sources.open_pipeline(str(tmp_path / "model"))
+    options = {"sampler": "ddim", "num_inference_steps": 6, "guidance_scale": 4.0, "seed": 1, "rng": "torch"}
+    ours = generate(opened, PROMPT, **options)[0]
+    assert_same_picture(ours.image, expected)
