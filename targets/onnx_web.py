@@ -9,19 +9,15 @@ float16 weights and the graph are right, not how a browser's adapter rounds.
 
 from __future__ import annotations
 
-import contextlib
-import io
-import logging
 import tempfile
-import warnings
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgesd.errors import GateError, RequestError
 from edgesd.targets import Capabilities, Lowered, OpCount
+from edgesd.targets._quiet import quiet
 
 if TYPE_CHECKING:
     import numpy as np
@@ -137,7 +133,7 @@ def _export(component: Component) -> Any:
     from edgesd.targets._session import reason
 
     try:
-        with _quiet():
+        with quiet("torch.onnx"):
             return torch.onnx.export(
                 component.module,
                 component.example,
@@ -201,17 +197,3 @@ def _run_in_onnxruntime(path: Path, outputs: list[str], threads: int | None) -> 
         return dict(zip(outputs, session.run(outputs, inputs), strict=True))
 
     return call
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Keeps the exporter's progress off stdout and its notices off the terminal; its errors still come through."""
-    logger = logging.getLogger("torch.onnx")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logger.setLevel(level)

@@ -5,17 +5,13 @@ fp16 halves the weights on disk; what the arithmetic is done in is the device's 
 
 from __future__ import annotations
 
-import contextlib
-import io
-import logging
-import warnings
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgesd.errors import GateError, RequestError, SetupError
 from edgesd.targets import Capabilities, Lowered, OpCount
+from edgesd.targets._quiet import quiet
 
 if TYPE_CHECKING:
     import numpy as np
@@ -134,7 +130,7 @@ def _convert(component: Component) -> Any:
     from edgesd.targets._session import reason
 
     try:
-        with _quiet():
+        with quiet("openvino"):
             model = ov.convert_model(torch.export.export(component.module, component.example, strict=False))
     except Exception as error:  # the converter raises whatever its passes raise
         came = f"OpenVINO cannot convert {component.name}: {reason(error)}"
@@ -160,17 +156,3 @@ def _run_in_openvino(core: Any, files: tuple[Path, ...], device: str, settings: 
         return {output: request.get_tensor(output).data for output in outputs}
 
     return call
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Keeps the converter's notices off the terminal and off stdout; its errors still come through."""
-    logger = logging.getLogger("openvino")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logger.setLevel(level)
