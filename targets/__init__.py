@@ -75,6 +75,7 @@ class Target(Protocol):
     lower_modules: what must import to `lower`.
 
     A module may also have: status, "executed" (what is assumed) or "interpreted" when opened on this platform;
+    lower_extra, the pip extra of its converter where `extra` does not bring it;
     form_status, the same by form where it differs ("unverified": meant for a runtime that is not here); form_precision,
     a form's own precision; form_components, the components that have a form where not all do; lower_options, fields of
     the recipe that `lower` takes; chunked, that a UNet may come in pieces; speed_is_meaningful() -> bool;
@@ -113,10 +114,12 @@ def load(name: str, *, lowering: bool = False) -> Target:
     target = cast(Target, module)
     missing = missing_modules(target, lowering=lowering)
     if missing:
-        extra = f"package,{target.extra}" if lowering else target.extra
+        extras = target.extra
+        if lowering:
+            extras = ",".join(filter(None, ["package", target.extra, getattr(target, "lower_extra", "")]))
         raise SetupError(
             f"target {name} needs {', '.join(missing)}, not installed here",
-            f'pip install "edgesd[{extra}]"',
+            f'pip install "edgesd[{extras}]"',
             "Install that and run the same command again",
         )
     return target

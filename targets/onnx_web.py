@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 name = "onnx-web"
 extra = "onnx"
+lower_extra = "onnx-export"
 modules = ("onnxruntime",)
 lower_modules = ("torch", "onnx", "onnxscript")
 capabilities = Capabilities(

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 name = "tflite"
 extra = "litert"
+lower_extra = "litert-export"
 modules = ("ai_edge_litert",)
 lower_modules = ("torch", "litert_torch", "ai_edge_quantizer")
 capabilities = Capabilities(

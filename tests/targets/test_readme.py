@@ -5,9 +5,11 @@ import sys
 import types
 from pathlib import Path
 
+import pytest
 import tiny
 
 from edgesd import targets
+from edgesd.errors import SetupError
 from edgesd.manifest import Axes
 
 README = Path(targets.__file__).parent / "README.md"
@@ -32,3 +34,11 @@ def test_the_example_target_works_as_written(tmp_path, monkeypatch):
 def test_every_built_in_target_is_listed():
     table = README.read_text(encoding="utf-8")
     assert all(f"| {name} |" in table for name in targets.TARGETS)
+
+
+def test_a_missing_converter_says_which_extras_bring_it(monkeypatch):
+    monkeypatch.setattr(targets, "missing_modules", lambda target, lowering=False: ["litert_torch"])
+    with pytest.raises(SetupError, match=r"edgesd\[package,litert,litert-export\]"):
+        targets.load("tflite", lowering=True)
+    with pytest.raises(SetupError, match=r"edgesd\[litert\]"):
+        targets.load("tflite")
