@@ -28,7 +28,7 @@ from edgesd.models.load import LoadedModel
 from edgesd.runtime.cache import PromptCache
 from edgesd.runtime.generate import Picture, sample
 from edgesd.runtime.pipeline import Pipeline
-from edgesd.runtime.session import Session
+from edgesd.runtime.session import Session, Watched
 from edgesd.runtime.settings import Settings, resolve
 from edgesd.runtime.table import SamplerTable
 from edgesd.sources import torch_pipeline
@@ -138,11 +138,12 @@ def spread(rows: int, kept: int, run: int) -> list[int]:
     return [int((part + phase) * rows / kept) for part in range(kept)]
 
 
-class _Recorder:
+class _Recorder(Watched):
     """A session that keeps what it is asked: every component's inputs, of the UNet only the chosen rows."""
 
     def __init__(self, session: Session, rows: Sequence[int]) -> None:
-        self._session, self._rows, self._row = session, set(rows), 0
+        super().__init__(session)
+        self._rows, self._row = set(rows), 0
         self._seen: dict[str, list[tuple[int, dict[str, np.ndarray]]]] = {}
 
     def run(self, component: str, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -165,18 +166,6 @@ class _Recorder:
                 made[f"{component}.{name}"] = stacked[:1] if name == "encoder_hidden_states" else stacked
             made[f"{component}.row"] = np.array([row for row, _ in calls], np.int32)
         return made
-
-    def has(self, component: str) -> bool:
-        return self._session.has(component)
-
-    def load(self, component: str) -> None:
-        self._session.load(component)
-
-    def unload(self, component: str) -> None:
-        self._session.unload(component)
-
-    def batches(self, component: str) -> tuple[int, ...] | None:
-        return self._session.batches(component)
 
 
 def predicted_bytes(info: CaptureInfo, spec: ModelSpec, pipeline: Pipeline) -> int:

@@ -34,7 +34,6 @@ if TYPE_CHECKING:
     from edgesd.runtime.loop import Step
 
 BATCH = 16  # pictures in step where the session takes any number of rows; larger gains nothing on a CPU
-PREVIEW_SCALE = 1
 
 
 @dataclass(frozen=True)

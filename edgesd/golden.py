@@ -32,7 +32,7 @@ from edgesd.manifest import Axes, Count, Dim, Frozen, Manifest, ModelSpec, Name,
 from edgesd.runtime import noise
 from edgesd.runtime.generate import Picture, Settings, sample
 from edgesd.runtime.pipeline import Pipeline
-from edgesd.runtime.session import Arrays, Session
+from edgesd.runtime.session import Arrays, Session, Watched
 
 if TYPE_CHECKING:
     from edgesd.bundle import Bundle
@@ -177,11 +177,11 @@ def settings_for(spec: ModelSpec, steps_of: Mapping[str, Sequence[int]], prompt:
     return Settings(prompt=prompt, sampler=sampler, num_inference_steps=steps, guidance_scale=spec.defaults.guidance)
 
 
-class _Recorder:
+class _Recorder(Watched):
     """A session that notes every call and takes one row a call, so that each half of guidance is seen apart."""
 
     def __init__(self, session: Session) -> None:
-        self._session = session
+        super().__init__(session)
         self.noted: list[Call] = []
 
     def run(self, component: str, inputs: Arrays) -> dict[str, np.ndarray]:
@@ -191,15 +191,6 @@ class _Recorder:
 
     def batches(self, component: str) -> tuple[int, ...] | None:
         return (1,)
-
-    def has(self, component: str) -> bool:
-        return self._session.has(component)
-
-    def load(self, component: str) -> None:
-        self._session.load(component)
-
-    def unload(self, component: str) -> None:
-        self._session.unload(component)
 
 
 class _Tensors(dict[str, np.ndarray]):

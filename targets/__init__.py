@@ -76,8 +76,8 @@ class Target(Protocol):
 
     A module may also have: status, "executed" (what is assumed) or "interpreted" when opened on this platform;
     lower_extra, the pip extra of its converter where `extra` does not bring it;
-    form_status, the same by form where it differs ("unverified": meant for a runtime that is not here); form_precision,
-    a form's own precision; form_components, the components that have a form where not all do; lower_options, fields of
+    form_status, the same by form where it differs ("unverified": meant for a runtime that is not here);
+    form_components, the components that have a form where not all do; lower_options, fields of
     the recipe that `lower` takes; chunked, that a UNet may come in pieces; speed_is_meaningful() -> bool;
     check_plan(component, bytes, axes), which refuses what it cannot hold.
     """

@@ -37,3 +37,25 @@ class Session(Protocol):
     def has(self, component: str) -> bool: ...
 
     def batches(self, component: str) -> tuple[int, ...] | None: ...
+
+
+class Watched:
+    """A session that passes everything on: what recorders override `run` of."""
+
+    def __init__(self, session: Session) -> None:
+        self._session = session
+
+    def run(self, component: str, inputs: Arrays) -> dict[str, np.ndarray]:
+        return self._session.run(component, inputs)
+
+    def load(self, component: str) -> None:
+        self._session.load(component)
+
+    def unload(self, component: str) -> None:
+        self._session.unload(component)
+
+    def has(self, component: str) -> bool:
+        return self._session.has(component)
+
+    def batches(self, component: str) -> tuple[int, ...] | None:
+        return self._session.batches(component)
