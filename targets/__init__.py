@@ -33,7 +33,9 @@ class Capabilities:
 
     precisions: what `lower` accepts. max_file_bytes: one file. max_component_bytes: weights of one component.
     index_dtype: what token ids are at its border. layout: how int8 weights reach its converter (folded, unfolded).
-    forms: its flavours beyond the default "".
+    forms: its flavours beyond the default "". int8_kinds: layers it has integer kernels for (conv, linear).
+    int8_outputs: those kernels exist only where the output is quantized too. w8: it can hold int8 weights that are
+    widened for float arithmetic.
     """
 
     precisions: tuple[str, ...]
@@ -42,6 +44,9 @@ class Capabilities:
     index_dtype: str = "int64"
     layout: str = "folded"
     forms: tuple[str, ...] = ("",)
+    int8_kinds: tuple[str, ...] = ("conv", "linear")
+    int8_outputs: bool = False
+    w8: bool = True
 
 
 @dataclass(frozen=True)
