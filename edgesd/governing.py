@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from edgesd.errors import RequestError
+from edgesd.manifest import PolicyFile
 from edgesd.runtime.device import DeviceState, Sensors, constant, default_sensors, from_file
 from edgesd.runtime.governed import PolicyRun
 from edgesd.runtime.pipeline import Pipeline
-from edgesd.runtime.policy import Decision, Limits, When, cost, load_policy, policy_names
+from edgesd.runtime.policy import FOLDER, Decision, Limits, When, cost, load_policy, policy_names
 from edgesd.runtime.settings import Settings
 from edgesd.sheet import Section, Sheet
 
@@ -48,7 +49,7 @@ class Governing:
             steps=tuple(range(1, 1001)) if offered is None else tuple(sorted(offered)),
             min_steps=self.min_steps, max_steps=most, max_guidance_until=settings.guidance_until,
         )  # fmt: skip
-        return PolicyRun(load_policy(self.policy), self.sense(), limits, self.deadline_s)
+        return PolicyRun(pipeline.policy(self.policy), self.sense(), limits, self.deadline_s)
 
 
 def governed(settings: Settings, decision: Decision) -> Settings:
@@ -64,6 +65,15 @@ def describe(run: PolicyRun, decision: Decision) -> tuple[str, ...]:
     lines += [f"policy {run.policy.name}: {'; '.join(given)} (your limits, or what this model has)"] if given else []
     lines += [f"not known here, taken as well: {', '.join(decision.assumed)}"] if decision.assumed else []
     return tuple(lines)
+
+
+def ship_policies(folder: Path) -> tuple[PolicyFile, ...]:
+    """Writes every shipped policy into a bundle's folder, for apps without edgesd; gives what the manifest says."""
+    (folder / "policies").mkdir(exist_ok=True)
+    files = tuple(PolicyFile(name=name, file=f"policies/{name}.json") for name in policy_names())
+    for entry in files:
+        (folder / entry.file).write_bytes((FOLDER / f"{entry.name}.json").read_bytes())
+    return files
 
 
 def policies() -> Sheet:

@@ -17,7 +17,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 from edgesd.errors import DataError
 
-FORMAT_MAJOR, FORMAT_MINOR = 1, 0
+FORMAT_MAJOR, FORMAT_MINOR = 1, 1
 FORMAT = f"{FORMAT_MAJOR}.{FORMAT_MINOR}"
 KNOWN_CRITICAL: frozenset[str] = frozenset({"chunked-prompts", "expanded-tokens", "prompt-bank"})
 MAX_MANIFEST_BYTES = 16 << 20
@@ -200,6 +200,13 @@ class SamplerFile(Frozen):
     steps: Annotated[tuple[Annotated[int, Field(ge=1, le=1000)], ...], Field(min_length=1, max_length=1000)]
 
 
+class PolicyFile(Frozen):
+    """A policy that travels with the bundle; the table's own schema is docs/policies.md (edgesd/runtime/policy.py)."""
+
+    name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,39}$")]
+    file: RelPath
+
+
 class NoiseSpec(Frozen):
     generator: Literal["philox4x32-10"] = "philox4x32-10"
     transform: Literal["box-muller-f64"] = "box-muller-f64"
@@ -241,7 +248,10 @@ class Downgrade(Frozen):
 
 
 class Manifest(Frozen):
-    """A bundle. prompts: the file of prepared prompts of a bundle without text encoders (critical: prompt-bank)."""
+    """A bundle. prompts: the file of prepared prompts of a bundle without text encoders (critical: prompt-bank).
+
+    policies: what the device's state gets, by name; a runtime takes these before any it has itself.
+    """
 
     format: Annotated[str, Field(pattern=r"^[0-9]{1,4}\.[0-9]{1,4}$")] = FORMAT
     critical: Annotated[tuple[Name, ...], Field(max_length=64, fail_fast=True)] = ()
@@ -249,6 +259,7 @@ class Manifest(Frozen):
     model: ModelSpec
     components: Annotated[tuple[Component, ...], Field(min_length=1, max_length=16, fail_fast=True)]
     samplers: Annotated[tuple[SamplerFile, ...], Field(min_length=1, max_length=64, fail_fast=True)]
+    policies: Annotated[tuple[PolicyFile, ...], Field(max_length=64, fail_fast=True)] = ()
     noise: NoiseSpec = NoiseSpec()
     golden: RelPath | None = None
     prompts: RelPath | None = None
@@ -268,11 +279,14 @@ class Manifest(Frozen):
             raise ValueError(f"the files have {total} bytes together, more than {MAX_BUNDLE_BYTES}")
         named = {f for c in self.components for v in c.variants for f in v.files}
         named |= {t.file for t in self.model.tokenizers} | {s.file for s in self.samplers}
+        named |= {p.file for p in self.policies}
         named |= {path for path in (self.golden, self.prompts) if path is not None}
         if missing := sorted(named - set(known)):
             raise ValueError(f"{missing[0]} is used but not listed in files")
         if len({c.name for c in self.components}) != len(self.components):
             raise ValueError("a component is listed twice")
+        if len({p.name for p in self.policies}) != len(self.policies):
+            raise ValueError("a policy is listed twice")
         return self
 
     def component(self, name: str) -> Component:

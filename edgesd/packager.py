@@ -21,6 +21,7 @@ from edgesd import bundle, golden, targets
 from edgesd.buildplan import PART_OF, BuildPlan, Planned, make_plan
 from edgesd.child import Child, in_child
 from edgesd.errors import GateError, RequestError
+from edgesd.governing import ship_policies
 from edgesd.manifest import (
     Component,
     Downgrade,
@@ -278,6 +279,7 @@ def _manifest(
         ),
         downgrades=tuple(downgrades),
         prompts=PROMPTS if plan.prompts else None,
+        policies=ship_policies(folder),
         files=bundle.entries(folder),
     )
     return golden.attach(manifest)

@@ -10,7 +10,9 @@ from edgesd.errors import DataError, RequestError, SetupError
 from edgesd.runtime.pipeline import Pipeline
 
 if TYPE_CHECKING:
+    from edgesd.bundle import Bundle
     from edgesd.models.load import LoadedModel
+    from edgesd.runtime.policy import Policy
     from edgesd.runtime.table import SamplerTable
 
 MANIFEST = "manifest.json"
@@ -84,6 +86,7 @@ def open_bundle(folder: Path, verify: bool | None = None, **options: Any) -> Pip
         )
 
     return Pipeline(
+        policy=lambda name: bundled_policy(bundle, name),
         spec=manifest.model,
         session=session,
         tokenizers=tuple(PromptTokenizer.from_file(bundle.path(t.file), t) for t in manifest.model.tokenizers),
@@ -92,6 +95,22 @@ def open_bundle(folder: Path, verify: bool | None = None, **options: Any) -> Pip
         bank=None if manifest.prompts is None else load_bank(bundle.path(manifest.prompts)),
         steps=lambda name: next((entry.steps for entry in manifest.samplers if entry.name == name), ()),
     )
+
+
+def bundled_policy(bundle: Bundle, name: str) -> Policy:
+    """The bundle's own policy of that name, checked as any; one it has not is looked for as `load_policy` does."""
+    from edgesd.files import open_regular
+    from edgesd.runtime.policy import MAX_BYTES, load_policy, parse_policy
+
+    entry = next((p for p in bundle.manifest.policies if p.name == name), None)
+    if entry is None:
+        return load_policy(name)
+    with open_regular(bundle.path(entry.file)) as file:
+        policy = parse_policy(file.read(MAX_BYTES + 1))
+    if policy.name != name:
+        raise DataError(f"{entry.file} holds the policy {policy.name}", f"{name}, as its manifest says",
+                        "Package the model again")  # fmt: skip
+    return policy
 
 
 def torch_pipeline(model: LoadedModel, **options: Any) -> Pipeline:

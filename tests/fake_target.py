@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from edgesd import bundle, golden
+from edgesd.governing import ship_policies
 from edgesd.manifest import Axes, Component, Manifest, Provenance, SamplerFile, TensorSpec, Variant
 from edgesd.targets import Capabilities, OpCount
 
@@ -126,6 +127,7 @@ def make(destination: Path, artefacts: Mapping[str, list[tuple[Axes, dict[str, A
             model=pipeline.spec,
             components=tuple(components),
             samplers=(SamplerFile(name="dpmpp_2m_karras", file="tables.safetensors", steps=(2, 3)),),
+            policies=ship_policies(folder),
             provenance=Provenance(source="shapes", sha256="0" * 64, licence="Apache-2.0"),
             files=bundle.entries(folder),
         )

@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from edgesd import cli, drawing, governing, sources
+from edgesd import bundle, cli, drawing, governing, sources
 from edgesd.errors import DataError, RequestError
 from edgesd.governing import Governing
 from edgesd.runtime.device import DeviceState
 from edgesd.runtime.image import read_settings
-from edgesd.runtime.policy import policy_names
+from edgesd.runtime.policy import load_policy, policy_names
 
 PROMPT = "a red circle above a blue square on a white background"
 
@@ -72,13 +72,42 @@ def test_pictures_of_one_request_are_decided_one_by_one(drawn, tmp_path):
 
 
 def test_a_policy_is_kept_to_the_steps_a_bundle_has(fake_target, tmp_path):
-    bundle = sources.open_bundle(fake_target.make(tmp_path / "small.edgesd"))
-    assert bundle.steps("dpmpp_2m_karras") == (2, 3)
-    settings = drawing.resolve(bundle.spec, PROMPT, num_inference_steps=3)
-    decision = Governing("balanced", battery=0.9).run(bundle, settings, None).begin()
+    small = sources.open_bundle(fake_target.make(tmp_path / "small.edgesd"))
+    assert small.steps("dpmpp_2m_karras") == (2, 3)
+    settings = drawing.resolve(small.spec, PROMPT, num_inference_steps=3)
+    decision = Governing("balanced", battery=0.9).run(small, settings, None).begin()
     assert (decision.steps, decision.capped) == (3, ("steps", "upscaler", "refiner"))
     with pytest.raises(RequestError, match="steps from 4"):
-        Governing("balanced", min_steps=4).run(bundle, settings, None)
+        Governing("balanced", min_steps=4).run(small, settings, None)
+
+
+def with_policy(folder: Path, name: str, table: bytes) -> Path:
+    """The bundle with another table in a policy's file."""
+    (folder / f"policies/{name}.json").write_bytes(table)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["files"] = [entry.model_dump() for entry in bundle.entries(folder)]
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    return folder
+
+
+def test_a_bundle_brings_every_policy_and_its_own_wins(fake_target, tmp_path):
+    folder = fake_target.make(tmp_path / "own.edgesd")
+    assert {p.name for p in bundle.read(folder).manifest.policies} == set(policy_names())
+    assert sources.open_bundle(folder).policy("balanced") == load_policy("balanced")
+    table = json.loads((folder / "policies/balanced.json").read_text()) | {"about": "This bundle's own."}
+    own = sources.open_bundle(with_policy(folder, "balanced", json.dumps(table).encode())).policy
+    assert own("balanced").about == "This bundle's own."
+    assert own("seed") == load_policy("seed")
+
+
+def test_a_bundles_hostile_policies_are_refused(fake_target, tmp_path):
+    folder = fake_target.make(tmp_path / "bad.edgesd")
+    other = (folder / "policies/seed.json").read_bytes()
+    for table, phrase in ((b"{", "no JSON"), (b"[" * 10_000, "no JSON"), (b" " * (1 << 19), "more than"),
+                          (other, "holds the policy seed"), (b'{"rows": []}', "policy")):  # fmt: skip
+        pipeline = sources.open_bundle(with_policy(folder, "balanced", table))
+        with pytest.raises(DataError, match=phrase):
+            pipeline.policy("balanced")
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from edgesd.manifest import ModelSpec
+from edgesd.runtime.policy import Policy, load_policy
 from edgesd.runtime.session import Session
 
 if TYPE_CHECKING:
@@ -22,7 +23,8 @@ class Pipeline:
     table: (sampler name, steps) -> SamplerTable; raises RequestError for a sampler or step count it lacks.
     steps: sampler name -> the step counts it has tables for; None = any.
     identity: a hash of the weights, the key under which prompt embeddings may be cached. bank: the prompts that were
-    prepared, of a model without text encoders (tokenizers is then empty).
+    prepared, of a model without text encoders (tokenizers is then empty). policy: name or .json file -> the checked
+    table, a bundle's own before edgesd's; raises as `load_policy`.
     """
 
     spec: ModelSpec
@@ -32,3 +34,4 @@ class Pipeline:
     identity: str
     steps: Callable[[str], tuple[int, ...]] | None = None
     bank: PromptBank | None = None
+    policy: Callable[[str], Policy] = load_policy

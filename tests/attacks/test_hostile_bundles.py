@@ -355,6 +355,23 @@ def golden_is_unlisted(folder):
     edit(folder, "golden", to="golden/other.json")
 
 
+@expect("is used but not listed")
+def policy_is_unlisted(folder):
+    edit(folder, "policies", to=[{"name": "mine", "file": "policies/mine.json"}])
+
+
+@expect("policy is listed twice")
+def policy_listed_twice(folder):
+    raw = json.loads((folder / "manifest.json").read_text())
+    edit(folder, "policies", to=[{"name": "mine", "file": raw["files"][0]["path"]}] * 2)
+
+
+@expect("policies.0.name")
+def policy_named_like_a_path(folder):
+    raw = json.loads((folder / "manifest.json").read_text())
+    edit(folder, "policies", to=[{"name": "../mine", "file": raw["files"][0]["path"]}])
+
+
 @expect("listed twice")
 def file_listed_twice(folder):
     raw = json.loads((folder / "manifest.json").read_text())
