@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Protocol, cast
 from edgesd.errors import RequestError, SetupError
 
 if TYPE_CHECKING:
+    from edgesd.compress.quantize import QuantPlan
     from edgesd.manifest import Axes, Downgrade, Manifest, TensorSpec
     from edgesd.runtime.session import Session
 
@@ -34,8 +35,8 @@ class Capabilities:
     precisions: what `lower` accepts. max_file_bytes: one file. max_component_bytes: weights of one component.
     index_dtype: what token ids are at its border. layout: how int8 weights reach its converter (folded, unfolded).
     forms: its flavours beyond the default "". int8_kinds: layers it has integer kernels for (conv, linear).
-    int8_outputs: those kernels exist only where the output is quantized too. w8: it can hold int8 weights that are
-    widened for float arithmetic.
+    int8_outputs: those among them that exist only where the output is quantized too. w8: it can hold int8 weights that
+    are widened for float arithmetic.
     """
 
     precisions: tuple[str, ...]
@@ -45,7 +46,7 @@ class Capabilities:
     layout: str = "folded"
     forms: tuple[str, ...] = ("",)
     int8_kinds: tuple[str, ...] = ("conv", "linear")
-    int8_outputs: bool = False
+    int8_outputs: tuple[str, ...] = ()
     w8: bool = True
 
 
@@ -55,7 +56,7 @@ class Lowered:
 
     inputs and outputs as they stand in the artefact (dtype and shape may differ from the torch module's).
     compute_units: the target's own hint for this component, "" for none. cost: (params, macs) where the artefact is a
-    piece of the component; None = the whole of it.
+    piece of the component; None = the whole of it. plan: the quantization as the artefact has it, None = float.
     """
 
     files: tuple[Path, ...]
@@ -64,6 +65,7 @@ class Lowered:
     downgrades: tuple[Downgrade, ...] = ()
     compute_units: str = ""
     cost: tuple[int, int] | None = None
+    plan: QuantPlan | None = None
 
 
 @dataclass(frozen=True)
@@ -85,6 +87,10 @@ class Target(Protocol):
     form_components, the components that have a form where not all do; lower_options, fields of
     the recipe that `lower` takes; chunked, that a UNet may come in pieces; speed_is_meaningful() -> bool;
     check_plan(component, bytes, axes), which refuses what it cannot hold.
+
+    `lower` takes the float component, its weights those the plan was made for (`compress.quantize.adjusted`), and for
+    the precisions int8, hybrid and w8 the plan: it writes the integers in the layout its converter takes, counts them
+    in what it wrote, and raises GateError where they fall short of the plan. `Lowered.plan` is what it honoured.
     """
 
     name: str
@@ -93,7 +99,9 @@ class Target(Protocol):
     lower_modules: tuple[str, ...]
     capabilities: Capabilities
 
-    def lower(self, component: Any, axes: Axes, directory: Path, **options: Any) -> Lowered: ...
+    def lower(
+        self, component: Any, axes: Axes, directory: Path, *, plan: QuantPlan | None = None, **options: Any
+    ) -> Lowered: ...
 
     def open(self, directory: Path, manifest: Manifest, **options: Any) -> Session: ...
 

@@ -7,7 +7,7 @@ computes in int8 (`int8`), only stores its weight so (`w8`) or stays as it is (`
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Literal
 
@@ -154,7 +154,7 @@ def quantized(
     component: Component,
     plan: QuantPlan,
     layout: Layout,
-    outputs: bool = False,
+    outputs: Collection[Kind] = (),
     *,
     linear_form: Literal["linear", "matmul"] = "linear",
 ) -> Component:
@@ -162,15 +162,16 @@ def quantized(
 
     layout: how an int8 weight appears to a converter. folded: int8 constants behind `dequantize_per_channel`. unfolded:
     float weights through `quantize_per_channel` and back. simulated: float arithmetic of the same numbers, the
-    reference of all targets, and the fastest in torch. outputs: int8 layers quantize their output too (LiteRT and
-    onnxruntime's convolutions ask it). linear_form: "matmul" writes linears as x @ w with a folded weight [in, out].
+    reference of all targets, and the fastest in torch. outputs: kinds whose int8 layers quantize their output
+    too, as a target's `Capabilities.int8_outputs` says. linear_form: "matmul" writes linears as x @ w with a folded
+    weight [in, out].
     The component's weights must be those the plan was made for (`adjusted`). Raises DataError: a plan of another model.
     """
     _check(component, plan)
     module = share(component.module)
     for layer in plan.layers:
         if layer.mode != "float":
-            made = LAYOUTS[layout](module.get_submodule(layer.name), layer, outputs)
+            made = LAYOUTS[layout](module.get_submodule(layer.name), layer, layer.kind in outputs)
             made.transposed = linear_form == "matmul" and layout == "folded" and layer.kind == "linear"
             put(module, layer.name, made.finish())
     return replace(component, module=module.eval())

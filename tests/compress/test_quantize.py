@@ -15,6 +15,8 @@ from edgesd.manifest import Axes
 from edgesd.models.modules import Component, build
 from edgesd.targets import Capabilities
 
+BOTH = ("conv", "linear")
+
 
 def component(name="unet", family="sd1"):
     return build(name, tiny.modules(family), tiny.spec(family), Axes(size_px=tiny.SIZE_PX))
@@ -37,9 +39,9 @@ def snr_db(truth, got):
 def test_all_layouts_compute_the_same_numbers(name, family):
     whole = component(name, family)
     plan = plans.simple_plan(whole)
-    wanted = run(quantized(whole, plan, "simulated", outputs=True))
+    wanted = run(quantized(whole, plan, "simulated", outputs=BOTH))
     for layout, form in (("folded", "linear"), ("folded", "matmul"), ("unfolded", "linear")):
-        got = run(quantized(whole, plan, layout, outputs=True, linear_form=form))
+        got = run(quantized(whole, plan, layout, outputs=BOTH, linear_form=form))
         # One rounding that falls the other way redraws what follows: compare by energy, far above int8's own error.
         assert snr_db(wanted, got) > snr_db(run(whole), wanted) + 6 or torch.equal(wanted, got)
     assert 5 < snr_db(run(whole), wanted) < 60
@@ -112,7 +114,7 @@ def test_the_component_itself_is_left_as_it_was():
 def test_exported_programs_carry_the_operators(layout):
     whole = component()
     plan = plans.simple_plan(whole)
-    graph = torch.export.export(quantized(whole, plan, layout, outputs=True).module, whole.example, strict=False)
+    graph = torch.export.export(quantized(whole, plan, layout, outputs=BOTH).module, whole.example, strict=False)
     names = [str(node.target) for node in graph.graph.nodes]
     inputs = sum("quantize_per_tensor" in name and "dequantize" not in name for name in names)
     assert inputs == 2 * len(plan.layers)
