@@ -79,6 +79,9 @@ def generate(
     ] = None,
     sensors: Annotated[Path | None, typer.Option("--sensors", help="JSON file with the device's state.")] = None,
     deadline: Annotated[float | None, typer.Option("--deadline", help="Seconds a picture may take.")] = None,
+    width: Annotated[
+        float, typer.Option("--width", help="Width of the UNet, of those the bundle has; a policy's ceiling.")
+    ] = 1.0,
     min_steps: Annotated[int, typer.Option("--min-steps", help="The policy's floor; --steps is its ceiling.")] = 1,
     reuse: Annotated[
         bool, typer.Option("--reuse", help="Take the stored picture of the same request; store what is drawn.")
@@ -96,8 +99,7 @@ def generate(
         prompt=prompt, negative_prompt=negative, seed=seed, num_inference_steps=steps, sampler=sampler,
         guidance_scale=guidance, guidance_until=guidance_until, guidance_schedule=guidance_schedule,
         guidance_rescale=guidance_rescale, early_stop=early_stop, image=image, mask=mask, strength=strength,
-        num_images=count, rng=rng,
-        refiner_start=refiner_start,
+        num_images=count, rng=rng, refiner_start=refiner_start, width=width,
         original_size=None if original_size is None else parse_size(original_size, 1),
     )  # fmt: skip
     given = (battery, thermal, sensors, deadline)

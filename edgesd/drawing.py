@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import secrets
 import time
 from collections.abc import Callable, Iterator
@@ -18,6 +16,7 @@ from edgesd import governing
 from edgesd.errors import DataError, RequestError
 from edgesd.files import cache_folder
 from edgesd.governing import Governing, governed
+from edgesd.kept import Kept, Resumed
 from edgesd.runtime import image as images
 from edgesd.runtime.cache import PromptCache
 from edgesd.runtime.canvas import Start
@@ -26,7 +25,7 @@ from edgesd.runtime.governed import Governor
 from edgesd.runtime.pictures import PictureStore, picture_key
 from edgesd.runtime.pipeline import Pipeline
 from edgesd.runtime.settings import MAX_IMAGES, Settings, resolve
-from edgesd.runtime.state import State, load_state, save_state
+from edgesd.runtime.stage import RunLog
 from edgesd.sources import open_pipeline
 
 if TYPE_CHECKING:
@@ -57,6 +56,7 @@ class Request:
     num_images: int = 1
     original_size: tuple[int, int] | None = None
     refiner_start: float | None = None
+    width: float = 1.0
 
 
 def draw(
@@ -101,17 +101,23 @@ def draw(
             if store is not None and (found := store.take(key, path)) is not None:
                 drawn.append(found | {"path": str(path), "changes": one.changes, "reused": True, "seconds": 0.0})
                 continue
-            decision = None if run is None else run.begin()
-            one = one if decision is None else governed(one, decision)
-            kept = None if state is None else _Kept(state, pipeline, one)
-            picture = _draw_one(pipeline, one, start, cache, path if preview else None, tick, second, kept, run)
+            kept = None if state is None else Kept(state, pipeline, one, run)
+            resumed = None if kept is None else kept.load(one)
+            decision = resumed.decision if resumed is not None else None if run is None else run.begin()
+            if resumed is not None:
+                one = resumed.settings
+            elif run is not None and decision is not None:
+                one = governed(one, decision, run, pipeline)
+            picture = _draw_one(
+                pipeline, one, start, cache, path if preview else None, tick, second, kept, run, resumed
+            )
             record = _record(pipeline, picture, start, second)
             if run is not None and decision is not None:
                 record["decision"] = decision.to_json() | {"policy": run.policy.name}
                 record["notes"] = [*governing.describe(run, decision), *record["notes"]]
             images.save_png(path, picture.image, record)
             if kept is not None:
-                kept.path.unlink(missing_ok=True)
+                kept.done()
             record["changes"] = record["settings"]["changes"]
             if store is not None:
                 record |= {"reused": False, "similar": [str(p) for p in store.similar(pipeline.identity, one)]}
@@ -134,8 +140,8 @@ def _check(
         raise RequestError("a mask without a picture", "--mask together with --image", "Add --image")
     if state is not None and (request.num_images > 1 or (request.seed is None and repeat is None)):
         raise RequestError("--state with a run that cannot be named", "one picture, with --seed", "Add --seed")
-    if policy is not None and (repeat is not None or state is not None or refiner is not None):
-        raise RequestError("--policy beside --from, --state or --refiner", "one or the other", "Leave one out")
+    if policy is not None and (repeat is not None or refiner is not None):
+        raise RequestError("--policy beside --from or --refiner", "one or the other", "Leave one out")
     if reuse and (policy is not None or state is not None or refiner is not None):
         raise RequestError("--reuse beside --policy, --state or --refiner", "one or the other", "Leave one out")
 
@@ -199,31 +205,20 @@ def _draw_one(
     preview: Path | None,
     tick: Callable[[Step | Picture], None],
     refiner: Pipeline | None,
-    kept: _Kept | None,
-    governor: Governor | None = None,
+    kept: Kept | None,
+    governor: Governor | None,
+    resumed: Resumed | None,
 ) -> Picture:
-    resume = None if kept is None else kept.load()
-    for event in sample(pipeline, settings, start, cache, refiner, resume, governor):
+    resume, log = (None, RunLog()) if resumed is None else (resumed.state, resumed.log)
+    for event in sample(pipeline, settings, start, cache, refiner, resume, governor, log):
         tick(event)
         if kept is not None and not isinstance(event, Picture):
-            save_state(kept.path, event.table, event.state, kept.owner)
+            kept.save(event, settings, log)
         if isinstance(event, Picture):
             return event
         if preview is not None:
             images.save_png(preview, preview_image(pipeline, event), None)
     raise DataError("the run ended without a picture", "a whole run", "Report this as a bug")
-
-
-class _Kept:
-    """Where a run is kept while it is under way, and whose it is: the same settings on the same weights."""
-
-    def __init__(self, path: Path, pipeline: Pipeline, settings: Settings) -> None:
-        self.path, self._table = path, pipeline.table(settings.sampler, settings.num_inference_steps)
-        told = json.dumps([pipeline.identity, asdict(settings)], sort_keys=True)
-        self.owner = hashlib.sha256(told.encode()).hexdigest()
-
-    def load(self) -> State | None:
-        return load_state(self.path, self._table, self.owner) if self.path.exists() else None
 
 
 def preview_image(pipeline: Pipeline, step: Step) -> np.ndarray:

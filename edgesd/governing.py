@@ -45,16 +45,29 @@ class Governing:
         """The policy in charge, between the user's floor and ceiling of steps and within what the model offers."""
         offered = None if pipeline.steps is None else pipeline.steps(settings.sampler)
         most = 1000 if ceiling is None else ceiling
+        widths = pipeline.session.widths("unet")
         limits = Limits(
             steps=tuple(range(1, 1001)) if offered is None else tuple(sorted(offered)),
-            min_steps=self.min_steps, max_steps=most, max_guidance_until=settings.guidance_until,
+            widths=tuple(sorted(widths)), min_steps=self.min_steps, max_steps=most, max_width=settings.width,
+            max_guidance_until=settings.guidance_until,
         )  # fmt: skip
-        return PolicyRun(pipeline.policy(self.policy), self.sense(), limits, self.deadline_s)
+        share = None if pipeline.widths is None else pipeline.widths.share
+        return PolicyRun(pipeline.policy(self.policy), self.sense(), limits, self.deadline_s, share=share)
 
 
-def governed(settings: Settings, decision: Decision) -> Settings:
-    """The settings of a picture that a decision stands over."""
-    return replace(settings, num_inference_steps=decision.steps, guidance_until=decision.guidance_until)
+def governed(settings: Settings, decision: Decision, run: PolicyRun, pipeline: Pipeline) -> Settings:
+    """The settings of a picture that a decision stands over; with a switch of width where that was measured to win."""
+    chosen = replace(
+        settings, num_inference_steps=decision.steps, guidance_until=decision.guidance_until, width=decision.width
+    )
+    if pipeline.widths is None or decision.width == 1:
+        return chosen
+    calls = decision.steps * (1 + decision.guidance_until)
+    switch = pipeline.widths.switch(decision.width, run.limits, calls, run.state.free_memory_bytes)
+    if switch is None:
+        return chosen
+    run.plan_switch()
+    return replace(chosen, width=switch[0], switch=switch[1:])
 
 
 def describe(run: PolicyRun, decision: Decision) -> tuple[str, ...]:

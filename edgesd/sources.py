@@ -58,6 +58,7 @@ def open_bundle(folder: Path, verify: bool | None = None, **options: Any) -> Pip
     from edgesd.runtime.bank import load_bank
     from edgesd.runtime.table import load_tables
     from edgesd.runtime.tokenizer import PromptTokenizer
+    from edgesd.runtime.widths import read_widths
 
     bundle = read(folder, verify=verify)
     manifest = bundle.manifest
@@ -87,6 +88,7 @@ def open_bundle(folder: Path, verify: bool | None = None, **options: Any) -> Pip
 
     return Pipeline(
         policy=lambda name: bundled_policy(bundle, name),
+        widths=read_widths(manifest),
         spec=manifest.model,
         session=session,
         tokenizers=tuple(PromptTokenizer.from_file(bundle.path(t.file), t) for t in manifest.model.tokenizers),

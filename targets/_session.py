@@ -10,7 +10,7 @@ import numpy as np
 
 from edgesd.errors import DataError, EdgesdError, RequestError
 from edgesd.manifest import Axes, Manifest, TensorSpec, Variant
-from edgesd.runtime.session import Arrays
+from edgesd.runtime.session import Arrays, no_width
 
 Call = Callable[[dict[str, np.ndarray]], Mapping[str, np.ndarray]]
 Opener = Callable[[Variant, tuple[Path, ...]], Call]
@@ -49,6 +49,7 @@ class ComponentSession:
             raise RequestError(f"option {min(unknown)!r} for target {manifest.target}", allowed, "Leave it out")
         wanted = {"precision": precision, "form": form, "width": width, "size_px": size_px, "batch": batch}
         self._directory, self._open_variant, self._one_at_a_time = directory, open_variant, one_at_a_time
+        self._manifest, self._wanted = manifest, wanted
         self._variants = {c.name: _by_batch(c.name, choose(manifest, c.name, wanted)) for c in manifest.components}
         self._calls: dict[tuple[str, int], tuple[Call, ...]] = {}
 
@@ -70,6 +71,26 @@ class ComponentSession:
     def unload(self, component: str) -> None:
         for batch in self._chosen(component):
             self._calls.pop((component, batch), None)
+
+    def widths(self, component: str) -> tuple[float, ...]:
+        """Widths of the variants that are like the one in use otherwise, the widest first."""
+        now = _without_batch(self.axes(component))
+        like = {
+            v.axes.width
+            for v in self._manifest.component(component).variants
+            if _without_batch(v.axes.model_copy(update={"width": now.width})) == now
+        }
+        return tuple(sorted(like, reverse=True))
+
+    def use_width(self, component: str, width: float) -> None:
+        if width not in self.widths(component):
+            raise no_width(component, width, self.widths(component))
+        now = self.axes(component)
+        if width == now.width:
+            return
+        self.unload(component)
+        same = {"width": width, "precision": now.precision, "form": now.form}
+        self._variants[component] = _by_batch(component, choose(self._manifest, component, self._wanted | same))
 
     def run(self, component: str, inputs: Arrays) -> dict[str, np.ndarray]:
         by_batch = self._chosen(component)

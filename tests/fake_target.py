@@ -85,6 +85,12 @@ class Session:
     def batches(self, component: str) -> tuple[int, ...]:
         return tuple(batch for name, batch in self._settings if name == component)
 
+    def widths(self, component: str) -> tuple[float, ...]:
+        return (1.0,)
+
+    def use_width(self, component: str, width: float) -> None:
+        assert width == 1.0
+
     def run(self, component: str, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         rows = len(next(iter(inputs.values())))
         settings = self._settings[component, rows]

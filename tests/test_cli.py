@@ -145,9 +145,9 @@ def test_ctrl_c_leaves_no_file(tmp_path):
 def test_a_run_that_was_stopped_goes_on_from_its_state_file(run, tmp_path, monkeypatch):
     words = ("generate", PROMPT, "--steps", 5, "--seed", 8)
     assert run(*words, "-o", "whole.png")[0] == 0
-    from edgesd import drawing
+    from edgesd import kept as room
 
-    keep, kept = drawing.save_state, []
+    keep, kept = room.save_state, []
 
     def stop_after_three(*arguments):
         keep(*arguments)
@@ -155,7 +155,7 @@ def test_a_run_that_was_stopped_goes_on_from_its_state_file(run, tmp_path, monke
         if len(kept) == 3:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(drawing, "save_state", stop_after_three)
+    monkeypatch.setattr(room, "save_state", stop_after_three)
     assert run(*words, "-o", "stopped.png", "--state", "run.state")[0] == 130
     assert not (tmp_path / "stopped.png").exists()
     assert run("generate", PROMPT, "--steps", 5, "--seed", 9, "--state", "run.state")[0] == 2

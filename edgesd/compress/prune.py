@@ -70,7 +70,7 @@ def prune(
     part, prefix = PARTS[component]
     refuse_twice(model, part)
     dense, lots = model.modules[part], batches(component, calls, model.spec)
-    before = _cost(dense, lots[0])
+    before = component_cost(dense, lots[0])
     groups = [g for g in find_groups(dense, before) if g.name.startswith(prefix)]
     if not groups:
         raise RequestError(
@@ -102,7 +102,7 @@ def prune(
         component=component, ratio=ratio, budget=budget, importance=importance, restore=restoration,
         allocation=allocation, source_sha256=model.sha256,
         groups=group_plans({g.name: g for g in groups}, kept, curves),
-        before=_size(before), after=_size(_cost(smaller, lots[0])),
+        before=_size(before), after=_size(component_cost(smaller, lots[0])),
     )  # fmt: skip
     if out is not None:
         write_checkpoint(model, plan, smaller, out, groups)
@@ -138,7 +138,7 @@ def refuse_twice(model: LoadedModel, part: str) -> None:
         )
 
 
-def _cost(module: nn.Module, batch: Batch) -> Cost:
+def component_cost(module: nn.Module, batch: Batch) -> Cost:
     """The cost of one call's one row: a batch of one, as the exported graph has it."""
 
     class Call(nn.Module):

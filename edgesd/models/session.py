@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -10,7 +10,7 @@ import numpy as np
 
 from edgesd.errors import RequestError
 from edgesd.manifest import ModelSpec
-from edgesd.runtime.session import Arrays
+from edgesd.runtime.session import Arrays, no_width
 
 if TYPE_CHECKING:
     import torch
@@ -23,9 +23,13 @@ class TorchSession:
 
     dtype: "float32" (the reference) or "bfloat16" (faster where the processor has it, about 40 dB off).
     Inputs and outputs are float32 numpy arrays whatever the dtype, named as in `edgesd.runtime.session`.
+    narrow: UNets of widths below 1 (edgesd/compress/widths.py).
     """
 
-    def __init__(self, model: LoadedModel, dtype: str = "float32", device: str = "cpu") -> None:
+    def __init__(
+        self, model: LoadedModel, dtype: str = "float32", device: str = "cpu",
+        narrow: Mapping[float, torch.nn.Module] | None = None,
+    ) -> None:  # fmt: skip
         import torch
 
         from edgesd.models.load import quiet
@@ -35,9 +39,12 @@ class TorchSession:
         self._dtype, self._device = getattr(torch, dtype), device
         with quiet():
             self._modules = {k: m.to(device, self._dtype) for k, m in model.modules.items()}
+            cast = {w: m.to(device, self._dtype) for w, m in (narrow if narrow is not None else {}).items()}
         self._forward = forward(model.spec)
+        self._unets = {1.0: self._modules["unet"], **cast}
         # Convolutions run in oneDNN's own layout; channels-last spares the reorders between them.
-        self._modules["unet"].to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        for unet in self._unets.values():
+            unet.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def has(self, component: str) -> bool:
         return component in ("vae_decoder", "vae_encoder") or component in self._modules
@@ -53,6 +60,16 @@ class TorchSession:
         """None: any number of rows a call."""
         self._require(component)
         return None
+
+    def widths(self, component: str) -> tuple[float, ...]:
+        self._require(component)
+        return tuple(sorted(self._unets, reverse=True)) if component == "unet" else (1.0,)
+
+    def use_width(self, component: str, width: float) -> None:
+        if width not in self.widths(component):
+            raise no_width(component, width, self.widths(component))
+        if component == "unet":
+            self._modules["unet"] = self._unets[width]
 
     def run(self, component: str, inputs: Arrays) -> dict[str, np.ndarray]:
         import torch

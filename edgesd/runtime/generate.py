@@ -17,13 +17,12 @@ from edgesd.runtime import image as images
 from edgesd.runtime import loop, state
 from edgesd.runtime.cache import PromptCache
 from edgesd.runtime.canvas import BatchNoise, Canvas, Start, blank, concatenates, latent_shape
-from edgesd.runtime.governed import Change, Governor, Replay
+from edgesd.runtime.governed import Governor, Replay
 from edgesd.runtime.noise import Purpose
 from edgesd.runtime.pipeline import Pipeline
-from edgesd.runtime.plan import RunPlan, combine, make_plan
 from edgesd.runtime.settings import MAX_IMAGES, Settings, check, resolve
+from edgesd.runtime.stage import RunLog, Stage
 from edgesd.runtime.table import SamplerTable
-from edgesd.runtime.text import Conditions, conditions
 
 TIMESTEPS = 1000  # the noise range of every Stable Diffusion
 REFINER_START = 0.8  # what SDXL's authors trained its refiner for: the last fifth of the noise range
@@ -94,12 +93,14 @@ def sample(
     refiner: Pipeline | None = None,
     resume: state.State | None = None,
     governor: Governor | None = None,
+    log: RunLog | None = None,
 ) -> Iterator[loop.Step | Picture]:
     """Yields a `loop.Step` per row, then the `Picture`. Closing the generator cancels.
 
     resume: a `step.state` of an earlier run with the same arguments; the picture equals the uninterrupted one's bits.
+    log: filled as the run goes; to resume a run with a governor, pass what it was at that step.
     """
-    for event in sample_batch(pipeline, [settings], start, cache, refiner, resume, governor):
+    for event in sample_batch(pipeline, [settings], start, cache, refiner, resume, governor, log):
         if isinstance(event, list):
             yield event[0]
         else:
@@ -114,6 +115,7 @@ def sample_batch(
     refiner: Pipeline | None = None,
     resume: state.State | None = None,
     governor: Governor | None = None,
+    log: RunLog | None = None,
 ) -> Iterator[loop.Step | list[Picture]]:
     """Several pictures in step: they may differ in prompt, negative prompt, seed and index alone.
 
@@ -127,27 +129,29 @@ def sample_batch(
     if resume is not None and (refiner is not None or first.early_stop is not None):
         raise RequestError("a run to resume with a refiner or early stop", "one without", "Draw the picture anew")
     governor = Replay(first.changes) if governor is None and first.changes else governor
-    if governor is not None and (refiner is not None or resume is not None):
-        raise RequestError("a policy's run with a refiner or to resume", "one without", "Draw the picture anew")
+    if governor is not None and refiner is not None:
+        raise RequestError("a policy's run with a refiner", "one without", "Leave out the refiner")
+    if governor is not None and resume is not None and (log is None or log.last is None):
+        raise RequestError("a policy's run to resume without its log", "the log as it was", "Draw the picture anew")
     cache = PromptCache() if cache is None else cache
     table = pipeline.table(first.sampler, first.num_inference_steps)
     at = table.start_row(first.strength) if start is not None else 0
     start = blank(pipeline.spec) if start is None and concatenates(pipeline.spec) else start
     noise = BatchNoise(pipeline.spec, several, latent_shape(pipeline, start))
     canvas = None if start is None else Canvas.make(pipeline, table, start, noise, at)
-    stage = _Stage(pipeline, table, several, noise, cache, canvas)
+    stage = Stage(pipeline, table, several, noise, cache, canvas, log)
     latents = state.init_latents(table, noise(0, Purpose.START)) if canvas is None else canvas.begin(at)
     end = table.rows if refiner is None else handover_row(table, first)
     yield from stage.run(latents, at, end, resume, governor)
-    changes = tuple(stage.changes)
-    calls, steps_run = stage.calls, stage.rows_run
-    if refiner is not None and stage.last is not None:
+    changes = tuple(stage.log.changes)
+    calls, steps_run = stage.log.calls, stage.log.rows_run
+    if refiner is not None and stage.step is not None:
         other = refiner.table(first.sampler, first.num_inference_steps)
-        enter, latents = _handover(stage.last, other)
-        second = _Stage(refiner, other, several, noise, cache, None)
+        enter, latents = _handover(stage.step, other)
+        second = Stage(refiner, other, several, noise, cache, None)
         yield from second.run(latents, enter, other.rows)
-        stage, calls, steps_run = second, calls + second.calls, steps_run + second.rows_run
-    step = stage.last
+        stage, calls, steps_run = second, calls + second.log.calls, steps_run + second.log.rows_run
+    step = stage.step
     if step is None:
         raise RequestError("a run without steps", "at least one", "Raise the steps or the strength")
     final = step.latents if step.last else step.denoised
@@ -190,135 +194,3 @@ def decode(pipeline: Pipeline, latents: np.ndarray) -> np.ndarray:
     spec = pipeline.spec.latent
     scaled = (latents / np.float32(spec.scaling_factor) + np.float32(spec.shift_factor)).astype(np.float32)
     return images.to_uint8(pipeline.session.run("vae_decoder", {"latents": scaled})["image"])
-
-
-class _Stage:
-    """One model's share of a run: its table, its plan, and its UNet with all that it is told.
-
-    After `run`: last, the step it ended with; calls, UNet rows computed; rows_run; truncated, by picture; changes, what
-    a governor had its way with.
-    """
-
-    def __init__(
-        self,
-        pipeline: Pipeline,
-        table: SamplerTable,
-        several: Sequence[Settings],
-        noise: BatchNoise,
-        cache: PromptCache,
-        canvas: Canvas | None,
-    ) -> None:
-        self._pipeline, self._first = pipeline, several[0]
-        self._plan = self._plan_for(table, several[0].guidance_until)
-        scale = pipeline.spec.latent.downscale
-        size_px = (noise.shape[1] * scale, noise.shape[2] * scale)
-        self._cond, self.truncated = conditions(pipeline, several, size_px, cache, negative=False)
-        self._uncond: Conditions | None = None
-        if any(self._plan.uncond):
-            self._uncond, _ = conditions(pipeline, several, size_px, cache, negative=True)
-        self._session, self._table, self._noise = pipeline.session, table, noise
-        self._canvas = canvas
-        self._extra = None if canvas is None else canvas.channels()
-        self.calls, self.rows_run = 0, 0
-        self.last: loop.Step | None = None
-        self.changes: list[Change] = []
-        self._bridges = 0
-
-    def _plan_for(self, table: SamplerTable, until: float) -> RunPlan:
-        first, embeds = self._first, self._pipeline.spec.guidance_embedding_dim > 0
-        guidance = first.guidance_scale if first.guidance_scale > 1 and not embeds else 1.0
-        return make_plan(
-            first.guidance_schedule, table.rows, guidance, until=until, rescale=first.guidance_rescale,
-            early_stop=first.early_stop,
-        )  # fmt: skip
-
-    def run(
-        self, latents: np.ndarray, at: int, end: int, resume: state.State | None = None,
-        governor: Governor | None = None,
-    ) -> Iterator[loop.Step]:  # fmt: skip
-        """Rows at .. end-1 (fewer with early stop); latents: the UNet's input at row `at`; resume: goes on there.
-
-        A governor may send the rest of the run through another table.
-        """
-        if governor is not None and self.rows_run == 0:
-            self.changes += governor.ask(0, 0)
-        adjust = None if self._canvas is None else self._canvas.adjust
-        before: np.ndarray | None = None
-        steps = loop.run(self._table, self._denoise, latents, self._step_noise, at, resume, adjust)
-        for row in range(at, at if resume is None else resume.row):
-            if self._table.draws[row]:  # a stream, as torch's, must have drawn what the first part drew
-                self._step_noise(row)
-        for step in steps:
-            self.last, self.rows_run = step, self.rows_run + 1
-            yield step
-            if step.row + 1 == end:
-                return
-            if self._plan.early_stop is not None:
-                x0 = step.denoised
-                if before is not None and self._plan.settled(before, x0):
-                    return
-                before = x0
-            if governor is not None and (entered := self._change(step, governor)) is not None:
-                yield from self.run(entered.inputs[0], entered.row, self._table.rows, None, governor)
-                return
-
-    def _step_noise(self, row: int) -> np.ndarray:
-        """A row's normals; after a bridge no row draws what a row before it drew."""
-        return self._noise(row + (self._bridges << 16), Purpose.STEP)
-
-    def _change(self, step: loop.Step, governor: Governor) -> state.State | None:
-        """Lets the governor have its way after `step`; where that is another table, the state to enter it with."""
-        entered = None
-        for change in governor.ask(self.rows_run, self.calls):
-            if change.width != 1:
-                raise RequestError(
-                    f"width {change.width:g} within a picture", "1", "Draw it with a model of that width"
-                )
-            other = self._pipeline.table(self._first.sampler, change.steps)
-            if change.kind != "pause" and other.steps != self._table.steps:
-                bridged = state.bridge(step.table, step.row, step.sample, step.model_output, other)
-                if not 0 < other.rows - bridged.row < step.table.rows - step.row - 1:
-                    continue  # it would save nothing
-                self._enter(other)
-                latents = bridged.inputs[0]
-                latents = latents if self._canvas is None else self._canvas.adjust(latents, bridged.row)
-                entered = state.State(bridged.row, bridged.row, (latents,))
-            self._plan = self._plan_for(self._table, change.guidance_until)
-            self.changes.append(change)
-        return entered
-
-    def _enter(self, table: SamplerTable) -> None:
-        self._table, self._bridges = table, self._bridges + 1
-        if self._canvas is not None:
-            self._canvas = replace(self._canvas, table=table)
-
-    def early(self, step: loop.Step) -> str:
-        """What to say of a run that ended with `step`."""
-        saved = self._plan.calls(step.row + 1)
-        return f"stopped early after row {step.row + 1} of {step.table.rows}: {saved} UNet calls saved"
-
-    def _denoise(self, sample: np.ndarray, row: int) -> np.ndarray:
-        """Guidance over one or two halves."""
-        if not self._plan.uncond[row] or self._uncond is None:
-            return self._predict(sample, row, self._cond)
-        told = {name: np.concatenate([self._uncond[name], value]) for name, value in self._cond.items()}
-        both = self._predict(np.concatenate([sample, sample]), row, told)
-        uncond, cond = both[: len(sample)], both[len(sample) :]
-        return combine(uncond, cond, self._plan.guidance[row], self._plan.rescale)
-
-    def _predict(self, sample: np.ndarray, row: int, told: Conditions) -> np.ndarray:
-        """The UNet on any number of rows, in calls of the size that the session takes."""
-        if self._extra is not None:
-            sample = np.concatenate([sample, np.repeat(self._extra, len(sample) // len(self._extra), axis=0)], axis=1)
-        self.calls += len(sample)
-        sizes = self._session.batches("unet")
-        outputs, done = [], 0
-        while done < len(sample):
-            left = len(sample) - done
-            size = left if sizes is None else max(n for n in sizes if n <= left)
-            part = slice(done, done + size)
-            inputs = {name: value[part] for name, value in told.items()}
-            inputs |= {"sample": sample[part], "timestep": self._table.timestep[row : row + 1]}
-            outputs.append(self._session.run("unet", inputs)["model_output"])
-            done += size
-        return outputs[0] if len(outputs) == 1 else np.concatenate(outputs)

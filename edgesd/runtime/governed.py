@@ -12,9 +12,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, Protocol, get_args
 
-from edgesd.errors import DataError
+from edgesd.errors import DataError, RequestError
 from edgesd.runtime.device import DeviceState, merge
-from edgesd.runtime.policy import Decision, Limits, Policy, decide
+from edgesd.runtime.policy import Decision, Limits, Policy, decide, width_cost
 
 Kind = Literal["shorten", "unguide", "narrow", "pause"]
 MAX_CHANGES = 4096
@@ -86,16 +86,19 @@ class PolicyRun:
 
     `begin` decides a picture, `ask` is called before each of its later steps. Within a picture steps, width and
     guidance only fall, and width at most once; hysteresis spans pictures. deadline_s: time a whole picture may take.
-    Seconds per call are learned as they pass. clock and sleep: seconds, from outside for tests and replays.
+    Seconds per call are learned as they pass, at other widths by `share`, what a call at a width costs of one at 1.
+    clock and sleep: seconds, from outside for tests and replays. state: what was last sensed.
     """
 
     def __init__(
         self, policy: Policy, sense: Callable[[], DeviceState], limits: Limits, deadline_s: float | None = None, *,
         clock: Callable[[], float] = time.monotonic, sleep: Callable[[float], None] = time.sleep,
+        share: Callable[[float], float] | None = None,
     ) -> None:  # fmt: skip
         self.policy, self.limits = policy, limits
         self._sense, self._clock, self._sleep = sense, clock, sleep
-        self._known = DeviceState(deadline_s=deadline_s)
+        self._known = self.state = DeviceState(deadline_s=deadline_s)
+        self._share = width_cost if share is None else share
         self._now: Decision | None = None
         self._given: Decision | None = None
         self._waited: list[Change] = []
@@ -110,6 +113,31 @@ class PolicyRun:
             self._waited.append(self._pause(0, given, given))
             given = self._decide()
         self._given = given
+        return given
+
+    def plan_switch(self) -> None:
+        """Tells that the picture begun switches width by its plan: that was its one change of width."""
+        self._narrowed = True
+
+    def to_json(self) -> dict[str, Any]:
+        """Where it stands in a picture, for `resume`."""
+        given = None if self._given is None else self._given.to_json()
+        now = None if self._now is None else self._now.to_json()
+        learned = {f"{width:g}": seconds for width, seconds in self._known.seconds_per_call.items()}
+        return {"given": given, "now": now, "narrowed": self._narrowed, "seconds_per_call": learned}
+
+    def resume(self, data: Any) -> Decision:
+        """Goes on within the picture that `to_json` told of; the decision in force there. DataError for no such."""
+        try:
+            given, now = Decision.from_json(data["given"]), Decision.from_json(data["now"])
+            seconds = {float(width): float(value) for width, value in data["seconds_per_call"].items()}
+            self._known = replace(self._known, seconds_per_call=seconds)
+            self._narrowed = data["narrowed"] is True
+        except (TypeError, KeyError, ValueError, AttributeError, RequestError):
+            raise DataError(
+                "the saved policy run does not parse", "what edgesd saved", "Draw the picture anew"
+            ) from None
+        self._given, self._now, self._waited, self._mark = given, now, [], None
         return given
 
     def ask(self, rows_run: int, calls: int) -> Sequence[Change]:
@@ -144,7 +172,8 @@ class PolicyRun:
         return now
 
     def _decide(self) -> Decision:
-        self._now = decide(self.policy, merge(self._known, self._sense()), self._now, self.limits)
+        self.state = merge(self._known, self._sense())
+        self._now = decide(self.policy, self.state, self._now, self.limits)
         return self._now
 
     def _pause(self, rows_run: int, given: Decision, why: Decision) -> Change:
@@ -156,9 +185,10 @@ class PolicyRun:
         if self._mark is None or calls <= self._mark[1]:
             return
         seconds = (self._clock() - self._mark[0]) / (calls - self._mark[1])
-        if seconds > 0:
-            mean = self._known.seconds_per_call.get(1.0, seconds)
-            learned = {1.0: mean + LEARNING * (seconds - mean)}
+        if seconds > 0 and self._given is not None:
+            whole = seconds / self._share(self._given.width)
+            mean = self._known.seconds_per_call.get(1.0, whole)
+            learned = {1.0: mean + LEARNING * (whole - mean)}
             self._known = replace(self._known, seconds_per_call=learned)
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from edgesd.manifest import ModelSpec
 from edgesd.runtime.policy import Policy, load_policy
 from edgesd.runtime.session import Session
+from edgesd.runtime.widths import Widths
 
 if TYPE_CHECKING:
     from edgesd.runtime.bank import PromptBank
@@ -24,7 +25,8 @@ class Pipeline:
     steps: sampler name -> the step counts it has tables for; None = any.
     identity: a hash of the weights, the key under which prompt embeddings may be cached. bank: the prompts that were
     prepared, of a model without text encoders (tokenizers is then empty). policy: name or .json file -> the checked
-    table, a bundle's own before edgesd's; raises as `load_policy`.
+    table, a bundle's own before edgesd's; raises as `load_policy`. widths: what the UNet's widths cost and lose, where
+    it has several.
     """
 
     spec: ModelSpec
@@ -34,4 +36,5 @@ class Pipeline:
     identity: str
     steps: Callable[[str], tuple[int, ...]] | None = None
     bank: PromptBank | None = None
+    widths: Widths | None = None
     policy: Callable[[str], Policy] = load_policy

@@ -103,12 +103,13 @@ SCHEDULES: dict[str, Callable[[float, float], float]] = {
 
 def make_plan(
     kind: str, rows: int, guidance: float, *, until: float = 1.0, rescale: float = 0.0,
-    width: float = 1.0, early_stop: float | None = None,
+    width: float = 1.0, switch: tuple[float, float] | None = None, early_stop: float | None = None,
 ) -> RunPlan:  # fmt: skip
     """A plan whose guidance follows SCHEDULES[kind] over x = row / (rows - 1), 0 at pure noise and 1 at the last row.
 
     until: after this fraction of the rows guidance is 1 and the unconditional call is not made (1.0 = never). It is not
-    made either wherever guidance comes out as exactly 1. Raises RequestError for values out of range.
+    made either wherever guidance comes out as exactly 1. width: of every row; switch (share of the rows, width): from
+    there on that width. Raises RequestError for values out of range.
     """
     if kind not in SCHEDULES:
         raise RequestError(f"guidance schedule {kind!r}", ", ".join(SCHEDULES), "Choose one of these")
@@ -118,7 +119,14 @@ def make_plan(
         raise _refused(f"guidance {guidance}", f"0 to {MAX_GUIDANCE:g}")
     scale = [SCHEDULES[kind](row / max(rows - 1, 1), guidance) if row < until * rows else 1.0 for row in range(rows)]
     scale = [min(max(float(np.float32(g)), 0.0), MAX_GUIDANCE) for g in scale]
-    return RunPlan(tuple(scale), (width,) * rows, tuple(g != 1 for g in scale), rescale, early_stop)
+    first = rows if switch is None else switch_row(rows, switch[0])
+    widths = (width,) * first + (width if switch is None else switch[1],) * (rows - first)
+    return RunPlan(tuple(scale), widths, tuple(g != 1 for g in scale), rescale, early_stop)
+
+
+def switch_row(rows: int, share: float) -> int:
+    """The first row of a table's `rows` that has the second width of a switch after `share` of the run (0..1)."""
+    return min(rows, max(0, math.floor(share * rows + 0.5)))
 
 
 def cap_guidance(plan: RunPlan, until_row: int) -> RunPlan:

@@ -14,7 +14,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
 from edgesd.errors import DataError, RequestError
 from edgesd.files import open_regular
@@ -177,6 +177,14 @@ class Decision:
     capped: tuple[str, ...] = ()
     assumed: tuple[str, ...] = ()
     better_since_s: float | None = None
+
+    @classmethod
+    def from_json(cls, data: Any) -> Decision:
+        """What `to_json` gave; DataError for anything else."""
+        try:
+            return TypeAdapter(cls).validate_python(data)
+        except ValidationError:
+            raise DataError("the saved decision does not parse", "what edgesd saved", "Draw the picture anew") from None
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self) | {"capped": list(self.capped), "assumed": list(self.assumed)}

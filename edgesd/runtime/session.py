@@ -15,6 +15,8 @@ from typing import Protocol, runtime_checkable
 
 import numpy as np
 
+from edgesd.errors import RequestError
+
 Arrays = Mapping[str, np.ndarray]
 
 
@@ -26,6 +28,8 @@ class Session(Protocol):
     arrays that the caller owns (never views that the next call overwrites).
     unload: gives the component's memory back; a later run loads it again.
     batches: rows a call may have, e.g. (1,) or (1, 2); None = any number.
+    widths: those the component comes in, the widest first. use_width: what later runs compute with; the old one is let
+    go, the new one loads as `load` does; RequestError where there is none.
     """
 
     def run(self, component: str, inputs: Arrays) -> dict[str, np.ndarray]: ...
@@ -37,6 +41,17 @@ class Session(Protocol):
     def has(self, component: str) -> bool: ...
 
     def batches(self, component: str) -> tuple[int, ...] | None: ...
+
+    def widths(self, component: str) -> tuple[float, ...]: ...
+
+    def use_width(self, component: str, width: float) -> None: ...
+
+
+def no_width(component: str, width: float, have: tuple[float, ...]) -> RequestError:
+    """What `use_width` raises for a width that is not there."""
+    shown = ", ".join(f"{w:g}" for w in have)
+    return RequestError(f"width {width:g} of {component}", f"this model has {shown}",
+                        "Choose one of these, or package with --widths")  # fmt: skip
 
 
 class Watched:
@@ -59,3 +74,9 @@ class Watched:
 
     def batches(self, component: str) -> tuple[int, ...] | None:
         return self._session.batches(component)
+
+    def widths(self, component: str) -> tuple[float, ...]:
+        return self._session.widths(component)
+
+    def use_width(self, component: str, width: float) -> None:
+        self._session.use_width(component, width)

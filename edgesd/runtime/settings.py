@@ -26,8 +26,9 @@ class Settings:
     share of the run with guidance. early_stop: relative change of x0 below which the run ends, None = never.
     original_size, target_size (height, width; None = the picture's), crops_coords_top_left (top, left): what SDXL is
     told of its picture, in px; aesthetic_score, negative_aesthetic_score: what its refiner is told. refiner_start:
-    share of the noise range after which a refiner takes over (diffusers' denoising_end), None = no refiner. changes:
-    what a policy changed on the way, which repeats without it.
+    share of the noise range after which a refiner takes over (diffusers' denoising_end), None = no refiner. width: of
+    the UNet, 1 = the widest; switch (share of the rows, width): from there on that width. changes: what a policy
+    changed on the way, which repeats without it.
     """
 
     prompt: str
@@ -49,6 +50,8 @@ class Settings:
     aesthetic_score: float = 6.0
     negative_aesthetic_score: float = 2.5
     refiner_start: float | None = None
+    width: float = 1.0
+    switch: tuple[float, float] | None = None
     changes: tuple[Change, ...] = ()
 
     @classmethod
@@ -64,11 +67,13 @@ class Settings:
                 good = good and type(value) is type(default)
             elif key in _PAIRS:
                 good = good and (_is_pair(value) or (value is None and default is None))
+            elif key == "switch":
+                good = good and (value is None or _is_switch(value))
             elif default is None:  # numbers that may be left open
                 good = good and (value is None or (isinstance(value, int | float) and not isinstance(value, bool)))
         if not good:
             raise DataError("the picture's settings do not parse", "what edgesd writes", "Give the settings as flags")
-        pairs = {name: tuple(data[name]) for name in _PAIRS if data.get(name) is not None}
+        pairs = {name: tuple(data[name]) for name in (*_PAIRS, "switch") if data.get(name) is not None}
         listed = data.get("changes", ())
         if not isinstance(listed, list | tuple) or len(listed) > MAX_CHANGES:
             raise DataError("the picture's log of changes does not parse", "what edgesd writes", "Draw it anew")
@@ -104,12 +109,24 @@ def check(settings: Settings) -> Settings:
          f"aesthetic score {s.aesthetic_score} or {s.negative_aesthetic_score}", "0 to 10", "Change it"),
         (s.refiner_start is None or 0 < s.refiner_start < 1, f"refiner from {s.refiner_start}",
          "above 0, below 1", "Change --refiner-start"),
+        (0 < s.width <= 1, f"width {s.width}", "above 0, at most 1", "Change --width"),
+        (s.switch is None or _is_switch(s.switch), f"switch {s.switch}", "a share of the run and a width, each 0 to 1",
+         "Change it"),
     ]  # fmt: skip
     for good, came, allowed, do in rules:
         if not good:
             raise RequestError(came, allowed, do)
     check_seed(s.seed)
     return s
+
+
+def _is_switch(value: Any) -> bool:
+    return (
+        isinstance(value, list | tuple)
+        and len(value) == 2
+        and all(isinstance(x, int | float) and not isinstance(x, bool) and 0 <= x <= 1 for x in value)
+        and value[1] > 0
+    )
 
 
 def _is_pair(value: Any) -> bool:

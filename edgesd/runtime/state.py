@@ -58,17 +58,41 @@ def bridge(table: SamplerTable, row: int, sample: np.ndarray, model_output: np.n
     return State(other.rows, 0, (x0,))
 
 
-def save_state(path: Path | str, table: SamplerTable, state: State, owner: str = "") -> None:
-    """Writes a run's state, at most ten tensors, so that it appears whole or not at all. owner: whose run it is."""
+@dataclass(frozen=True, eq=False)
+class Saved:
+    """What a file holds: a state, the table it is of, whose it is. told: text kept with it; last: see `save_state`."""
+
+    state: State
+    sampler: str
+    steps: int
+    owner: str
+    told: str = ""
+    last: tuple[np.ndarray, np.ndarray] | None = None
+
+
+def save_state(
+    path: Path | str, table: SamplerTable, state: State, owner: str = "", told: str = "",
+    last: tuple[np.ndarray, np.ndarray] | None = None,
+) -> None:  # fmt: skip
+    """Writes a run's state, at most twelve tensors, so that it appears whole or not at all. owner: whose run it is.
+
+    told: what the caller wants back. last: the UNet's input and output of the last row, to bridge from.
+    """
     arrays = {f"input_{i}": array for i, array in enumerate(state.inputs)}
     arrays |= {f"output_{i}": array for i, array in enumerate(state.outputs)}
+    arrays |= {f"last_{i}": array for i, array in enumerate(last if last is not None else ())}
     arrays["row"] = np.array([state.row, state.start], np.int32)
-    head = {"format": FORMAT, "sampler": table.name, "steps": str(table.steps), "owner": owner}
+    head = {"format": FORMAT, "sampler": table.name, "steps": str(table.steps), "owner": owner, "told": told}
     write_whole(Path(path), dump_tensors({k: np.ascontiguousarray(v) for k, v in arrays.items()}, head))
 
 
 def load_state(path: Path | str, table: SamplerTable, owner: str = "") -> State:
     """Reads a state for `table`. RequestError when it is another table's or owner's; DataError when it is broken."""
+    return fitting(read_state(path), table, owner)
+
+
+def read_state(path: Path | str) -> Saved:
+    """Reads what `save_state` wrote, whosever it is. DataError when it is broken."""
     try:
         with open_regular(Path(path)) as file:
             data = file.read(MAX_STATE_BYTES + 1)
@@ -76,19 +100,29 @@ def load_state(path: Path | str, table: SamplerTable, owner: str = "") -> State:
         head = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])["__metadata__"]
         if len(data) > MAX_STATE_BYTES or head["format"] != FORMAT:
             raise ValueError("too large, or no state file")
-        whose = f"{int(head['steps'])} steps of {head['sampler'][:64]}"
-        theirs = head["owner"]
+        steps, told = int(head["steps"]), head.get("told", "")
+        texts = (head["sampler"], head["owner"], told)
         row, start = (int(n) for n in arrays.pop("row"))
         inputs = _numbered(arrays, "input", MAX_INPUTS)
         outputs = _numbered(arrays, "output", MAX_OUTPUTS)
-        if arrays or not inputs or len({a.shape for a in (*inputs, *outputs)}) != 1:
+        last = _numbered(arrays, "last", 2)
+        alike = len({a.shape for a in (*inputs, *outputs, *last)}) == 1
+        if arrays or not inputs or len(last) not in (0, 2) or not alike or not all(isinstance(t, str) for t in texts):
             raise ValueError("arrays that do not belong together")
     except (OSError, SafetensorError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise DataError(f"the saved run does not read ({str(error)[:120]})", "a file that edgesd saved on pause",
                         "Draw the picture anew") from None  # fmt: skip
+    ends = (last[0], last[1]) if last else None
+    return Saved(State(row, start, inputs, outputs), texts[0][:64], steps, texts[1], told, ends)
+
+
+def fitting(saved: Saved, table: SamplerTable, owner: str = "") -> State:
+    """The state, if it is of this table and owner; errors as of `load_state`."""
+    state, whose = saved.state, f"{saved.steps} steps of {saved.sampler}"
+    row, start, inputs, outputs = state.row, state.start, state.inputs, state.outputs
     if whose != f"{table.steps} steps of {table.name}":
         raise RequestError(f"a run of {whose}", f"{table.steps} steps of {table.name}", "Resume with the same settings")
-    if theirs != owner:
+    if saved.owner != owner:
         raise RequestError("the saved run of another picture", "the same prompt, seed, settings and model",
                            "Say the same as before, or name another file")  # fmt: skip
     # A run that began at `start` has seen this many inputs and outputs by now; with fewer it would go on wrongly.
@@ -97,7 +131,7 @@ def load_state(path: Path | str, table: SamplerTable, owner: str = "") -> State:
     allowed = 0 <= start <= row <= table.rows and (start == 0 or start in table.starts)
     if not allowed or (len(inputs), len(outputs)) != needed:
         raise DataError("the saved run does not fit its table", f"rows 0 to {table.rows}", "Draw the picture anew")
-    return State(row, start, inputs, outputs)
+    return state
 
 
 def _numbered(arrays: dict[str, np.ndarray], kind: str, most: int) -> tuple[np.ndarray, ...]:

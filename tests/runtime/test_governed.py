@@ -1,5 +1,6 @@
 """A policy in charge of a run: what it may change, that it says so, and that the picture repeats without it."""
 
+import json
 from dataclasses import asdict, replace
 
 import numpy as np
@@ -13,6 +14,7 @@ from edgesd.runtime.generate import sample
 from edgesd.runtime.governed import Change, PolicyRun
 from edgesd.runtime.policy import Limits, Outcome, Policy, Row, When, load_policy
 from edgesd.runtime.settings import Settings, resolve
+from edgesd.runtime.stage import RunLog
 
 PROMPT = "a red circle above a blue square on a white background"
 
@@ -34,6 +36,20 @@ HEAT = policy(critical=Outcome(steps=10, guidance_until=0.5, cool_down_s=20.0), 
 @pytest.fixture(scope="module")
 def pipeline():
     return sources.open_pipeline(None)
+
+
+@pytest.fixture(scope="module")
+def nested(pipeline):
+    """The embedded model with UNets of widths 0.75 and 0.5 beside it, cut and not restored."""
+    from edgesd.compress.groups import find_groups
+    from edgesd.compress.widths import narrowed
+    from edgesd.models.load import load
+    from edgesd.models.session import TorchSession
+
+    model = load()
+    unet = model.modules["unet"]
+    narrow = {width: narrowed(unet, find_groups(unet), width) for width in (0.75, 0.5)}
+    return replace(pipeline, session=TorchSession(model, narrow=narrow))
 
 
 class Device:
@@ -163,3 +179,64 @@ def test_a_width_that_the_model_does_not_have_is_refused(pipeline):
     settings = resolve(pipeline.spec, PROMPT, num_inference_steps=4, changes=changes)
     with pytest.raises(RequestError, match=r"width 0\.5"):
         list(sample(pipeline, settings))
+
+
+def test_heat_narrows_the_rest_of_a_picture_and_the_log_repeats_it(nested):
+    table = policy(serious=Outcome(steps=20, width=0.5))
+    governor = Device("nominal", "nominal", "serious").run(table, max_steps=6, widths=(0.5, 0.75, 1.0))
+    steps, picture = drawn(nested, governor, governor.begin())
+    assert [(c.kind, c.rows_run, c.width) for c in picture.settings.changes] == [("narrow", 2, 0.5)]
+    *wide, _ = sample(nested, replace(picture.settings, changes=()))
+    same = [np.array_equal(a.model_output, b.model_output) for a, b in zip(steps, wide, strict=True)]
+    assert same == [True, True, False, False, False, False]
+    *_, repeated = sample(nested, Settings.from_json(json.loads(json.dumps(asdict(picture.settings)))))
+    assert np.array_equal(repeated.image, picture.image)
+
+
+def test_a_switch_of_width_is_part_of_the_settings(nested):
+    settings = resolve(nested.spec, PROMPT, num_inference_steps=4, width=0.5, switch=(0.5, 1.0))
+    narrow, whole = (resolve(nested.spec, PROMPT, num_inference_steps=4, width=w) for w in (0.5, 1.0))
+    switched = [step.model_output for step in list(sample(nested, settings))[:-1]]
+    first = [step.model_output for step in list(sample(nested, narrow))[:-1]]
+    assert [np.array_equal(a, b) for a, b in zip(switched, first, strict=True)] == [True, True, False, False]
+    *_, picture = sample(nested, whole)  # a picture's width does not stay behind in the session
+    *_, again = sample(nested, Settings.from_json(json.loads(json.dumps(asdict(picture.settings)))))
+    assert np.array_equal(again.image, picture.image)
+
+
+@pytest.mark.parametrize(("sampler", "rng"), [("dpmpp_2m_karras", "philox"), ("euler_a", "torch")])
+@pytest.mark.parametrize(
+    "thermal", [("nominal", "nominal", "serious"), ("fair", "fair", "fair", "serious", "critical")]
+)
+def test_a_policys_run_that_was_stopped_goes_on_as_if_it_had_not_been(nested, sampler, rng, thermal):
+    table = policy(fair=Outcome(steps=8), serious=Outcome(steps=6, width=0.75),
+                   critical=Outcome(steps=5, width=0.5, guidance_until=0.5))  # fmt: skip
+    offered = {"max_steps": 8, "widths": (0.5, 0.75, 1.0)}
+    governor = Device(*thermal).run(table, **offered)
+    given = governor.begin()
+    settings = resolve(nested.spec, PROMPT, num_inference_steps=given.steps, sampler=sampler, rng=rng, seed=3)
+    log, kept = RunLog(), []
+    for event in sample(nested, settings, governor=governor, log=log):
+        if hasattr(event, "state"):
+            kept.append((event.state, json.dumps([log.to_json(), governor.to_json()]), log.last))
+    assert {c.kind for c in event.settings.changes} >= {"narrow", "shorten"}
+    for rows, (state, told, last) in enumerate(kept[:-1], 1):
+        again, run = RunLog.from_json(json.loads(told)[0]), Device(*thermal[min(rows, len(thermal) - 1) :])
+        other = run.run(table, **offered)
+        other.resume(json.loads(told)[1])
+        again.last = last
+        *_, resumed = sample(nested, settings, resume=state, governor=other, log=again)
+        assert np.array_equal(resumed.image, event.image), rows
+        assert (resumed.settings, resumed.calls, resumed.steps_run) == (event.settings, event.calls, event.steps_run)
+
+
+def test_a_foreign_log_of_a_run_is_checked():
+    good = RunLog(3, 6, changes=[Change(3, "shorten", 10, 1.0, 1.0, 0.0, "because")]).to_json()
+    assert RunLog.from_json(good).to_json() == good
+    for wrong in ({"rows_run": -1}, {"calls": True}, {"steps": 0}, {"width": 2.0}, {"guidance_until": float("nan")},
+                  {"changes": [1]}, {"changes": None}, {"last": 3}, {"more": 1}):  # fmt: skip
+        with pytest.raises(DataError):
+            RunLog.from_json(good | wrong)
+    for wrong in (None, {}, {"given": 1, "now": 2, "narrowed": False, "seconds_per_call": {}}):
+        with pytest.raises(DataError):
+            Device("nominal").run().resume(wrong)
