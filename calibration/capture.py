@@ -57,7 +57,7 @@ def calibrate(
     """
     settings = resolve(model.spec, "calibration", sampler=sampler, guidance_scale=guidance, seed=seed)
     steps = (settings.num_inference_steps,) if steps is None else tuple(steps)
-    info = plan(model, settings, calls, _prompts(prompts, model.spec), steps)
+    info = plan(model, settings, calls, prompts_for(prompts, model.spec), steps)
     pipeline = torch_pipeline(model)
     for count in steps:
         pipeline.table(settings.sampler, count)  # refuses what cannot be sampled before anything is written
@@ -240,7 +240,8 @@ def load_prompts(names: Sequence[str]) -> list[str]:
     return [lines[i] for i in range(longest) for lines in lists if i < len(lines)]
 
 
-def _prompts(chosen: str | None, spec: ModelSpec) -> list[str]:
+def prompts_for(chosen: str | None, spec: ModelSpec) -> list[str]:
+    """The prompts that `calibrate` takes: named sets, a text file, or (None) what suits the model. RequestError."""
     if chosen is None:
         return load_prompts(("shapes",) if spec.name.startswith("shapes") else GENERAL)
     if Path(chosen).suffix != ".txt":

@@ -14,7 +14,7 @@ from typing import Annotated, Any
 
 import typer
 
-from edgesd import verbs
+from edgesd import verbs, verbs_training
 from edgesd.console import Device, Json, Model, Rng, Threads, pair, show
 from edgesd.errors import EdgesdError, RequestError
 
@@ -302,6 +302,7 @@ def manifest_schema() -> None:
 
 
 verbs.register(app)
+verbs_training.register(app)
 
 
 def main() -> None:

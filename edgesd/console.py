@@ -1,8 +1,10 @@
-"""What every verb shares: flags, and how a result reaches stdout."""
+"""What every verb shares: flags, a bar while it works, and how a result reaches stdout."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Annotated, Any
 
 import typer
@@ -29,3 +31,21 @@ def show(result: dict[str, Any], as_json: bool, rendered: Any) -> None:
         from rich.console import Console
 
         Console(soft_wrap=isinstance(rendered, str), highlight=False).print(rendered)
+
+
+@contextmanager
+def progress() -> Iterator[Callable[[str, int, int], None]]:
+    """A bar on stderr: one line a stage."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        tasks: dict[str, Any] = {}
+
+        def tick(stage: str, done: int, total: int) -> None:
+            if stage not in tasks:
+                tasks[stage] = bar.add_task(stage, total=total)
+            bar.update(tasks[stage], completed=done, total=total)
+
+        yield tick

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
+from edgesd.console import progress
 from edgesd.errors import RequestError
 from edgesd.sheet import Section, Sheet
 
@@ -19,7 +17,7 @@ def calibrate_model(
     from edgesd.calibration.capture import calibrate
     from edgesd.models.load import load
 
-    with _progress() as tick:
+    with progress() as tick:
         made = calibrate(
             load(model), out, calls=calls, prompts=prompts, sampler=sampler, steps=steps, guidance=guidance, seed=seed,
             progress=lambda done, total: tick("sampling runs", done, total),
@@ -46,7 +44,7 @@ def prune_model(
     if out.exists():
         raise RequestError(f"{out} exists", "a new folder", "Choose another -o")
     loaded = load(model)
-    with _progress() as tick, tempfile.TemporaryDirectory() as scratch:
+    with progress() as tick, tempfile.TemporaryDirectory() as scratch:
         if calibration is None:
             recorded = calibrate(
                 loaded,
@@ -78,21 +76,3 @@ def prune_model(
         "kinds": {kind: {"kept": kept, "whole": whole} for kind, (kept, whole) in plan.by_kind().items()},
     }
     return Sheet(data, (Section("What stays", ("kind", "channels", "kept", "off"), rows, note),))
-
-
-@contextmanager
-def _progress() -> Iterator[Callable[[str, int, int], None]]:
-    """A bar on stderr: one line a stage."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True)) as bar:
-        tasks: dict[str, Any] = {}
-
-        def tick(stage: str, done: int, total: int) -> None:
-            if stage not in tasks:
-                tasks[stage] = bar.add_task(stage, total=total)
-            bar.update(tasks[stage], completed=done, total=total)
-
-        yield tick

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import nn
 
 from edgesd.compress.allocate import ALLOCATIONS, CAREFUL, Budget, allocate, protected
@@ -22,10 +19,10 @@ from edgesd.compress.moments import RIDGE
 from edgesd.compress.plan import PrunePlan, Size, group_plans
 from edgesd.compress.restore import RESTORE, restore
 from edgesd.errors import RequestError
-from edgesd.files import disk_errors, locked, replacing
 from edgesd.models.count import Cost, count
 from edgesd.models.load import SIDECAR, LoadedModel
 from edgesd.models.modules import share
+from edgesd.models.saving import save_checkpoint, sidecar_of
 
 MAX_RATIO = 0.9
 MIN_CALLS = 8
@@ -166,37 +163,9 @@ def write_checkpoint(
     model: LoadedModel, plan: PrunePlan, module: nn.Module, out: Path, groups: Sequence[Group]
 ) -> None:
     """The whole checkpoint with one part replaced: configs and other parts copied, plan in the sidecar, a chart."""
-    part = PARTS[plan.component][0]
-    source = next(p.parent for p in model.parts.values() if (p.parent / "model_index.json").is_file())
-    out.parent.mkdir(parents=True, exist_ok=True)
-    if out.exists() and (not out.is_dir() or (any(out.iterdir()) and not (out / "model_index.json").is_file())):
-        raise RequestError(
-            f"{out} exists and is no checkpoint", "a new folder, or a checkpoint to replace", "Name another"
-        )
-    with locked(out), disk_errors(out, "Free some space"), replacing(out) as new:
-        for name in ("model_index.json", "README.md"):
-            if (source / name).is_file():
-                shutil.copyfile(source / name, new / name)
-        for folder in (source / "scheduler", *model.tokenizers):
-            shutil.copytree(folder, new / folder.name)
-        for name, folder in model.parts.items():
-            keep_weights = name != part
-            shutil.copytree(
-                folder, new / name, ignore=None if keep_weights else shutil.ignore_patterns("*.safetensors*", "*.bin")
-            )
-        tensors = {k: v.detach().contiguous() for k, v in module.state_dict().items()}
-        save_file(
-            tensors,
-            new / part / ("model.safetensors" if part.startswith("text") else "diffusion_pytorch_model.safetensors"),
-            metadata={"format": "pt"},
-        )
-        sidecar = source / SIDECAR
-        told: dict[str, Any] = (
-            json.loads(sidecar.read_text(encoding="utf-8")) if sidecar.is_file() else {"licence": model.licence}
-        )
-        told.setdefault("pruned", {})[part] = plan.model_dump(mode="json")
-        (new / SIDECAR).write_text(json.dumps(told, indent=1), encoding="utf-8")
-        draw_chart(plan, groups, new / CHART)
+    part, told = PARTS[plan.component][0], sidecar_of(model)
+    told.setdefault("pruned", {})[part] = plan.model_dump(mode="json")
+    save_checkpoint(model, {part: module}, out, told, lambda new: draw_chart(plan, groups, new / CHART))
 
 
 def draw_chart(plan: PrunePlan, groups: Sequence[Group], path: Path) -> None:

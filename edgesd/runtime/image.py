@@ -24,6 +24,7 @@ from edgesd.manifest import LatentSpec
 SETTINGS_KEY = "edgesd"  # the PNG text chunk that holds a picture's settings as JSON
 MAX_PIXELS = 1 << 26
 MAX_SETTINGS_CHARS = 1 << 20
+LANCZOS = Image.Resampling.LANCZOS
 READABLE = ("PNG", "JPEG", "WEBP", "BMP")
 PSNR_CEILING_DB = 100.0  # of equal pictures; one level in one value of a 256x256 picture gives 101 dB
 _MARGIN, _LINE, _CELL_WIDTH = 8, 15, 168
@@ -111,13 +112,14 @@ def read_settings(path: Path) -> dict[str, Any]:
     return settings
 
 
-def load_image(path: Path, size_px: tuple[int, int]) -> np.ndarray:
+def load_image(path: Path, size_px: tuple[int, int], *, crop: bool = False) -> np.ndarray:
     """A picture file as [H,W,3] u8 of size_px (H, W): turned as its EXIF says, alpha dropped, resized with Lanczos.
 
-    Like diffusers' default the whole picture is fitted, so another aspect ratio is stretched: crop it before.
+    Like diffusers' default the whole picture is fitted, so another aspect ratio is stretched; crop cuts what is too
+    wide or too high off both ends instead.
     Raises RequestError for a missing file, DataError for one that is broken, too large or of another kind.
     """
-    return np.asarray(_loaded(path, size_px))
+    return np.asarray(_loaded(path, size_px, crop))
 
 
 def load_mask(path: Path, size_px: tuple[int, int]) -> np.ndarray:
@@ -126,14 +128,15 @@ def load_mask(path: Path, size_px: tuple[int, int]) -> np.ndarray:
     return (grey >= 0.5).astype(np.float32)
 
 
-def _loaded(path: Path, size_px: tuple[int, int]) -> Image.Image:
+def _loaded(path: Path, size_px: tuple[int, int], crop: bool = False) -> Image.Image:
     with _opened(path, READABLE) as image:
         try:
             turned = ImageOps.exif_transpose(image).convert("RGB")
         except Exception as error:  # pillow's readers raise many kinds on broken data
             fix = "Save the picture again"
             raise DataError(f"{path.name} is broken ({error!s:.100})", "a whole picture", fix) from None
-    return turned.resize((size_px[1], size_px[0]), Image.Resampling.LANCZOS)
+    size = (size_px[1], size_px[0])
+    return ImageOps.fit(turned, size, LANCZOS) if crop else turned.resize(size, LANCZOS)
 
 
 def _opened(path: Path, formats: tuple[str, ...]) -> Image.Image:

@@ -1,0 +1,305 @@
+"""How the embedded model is made: tiny VAE, then text encoder and UNet at several widths, then a student of few steps.
+
+    edgesd shapes train -o run                      # hours on two cores, minutes on a GPU; cut and taken up at will
+    edgesd shapes train -o run --vae-steps 40 …     # the same in a minute, for tests
+
+Everything is drawn from the procedural world by number, so no data is downloaded and every step is repeatable.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from edgesd.errors import RequestError
+from edgesd.files import write_whole
+from edgesd.models.load import LoadedModel, embedded_folder, load
+from edgesd.models.weights import SIDECAR
+from edgesd.shapes.consistency import Consistency
+from edgesd.training.finetune import levels
+from edgesd.training.loop import Curve, Progress, Schedule, draw_curve, train
+from edgesd.training.nested import Nested
+from edgesd.training.pool import WORLD, encode_pictures, stored, world_scenes
+
+TOKENS = 24
+WITHOUT_CAPTION = 0.1
+LATENT_NOISE = 0.08  # the decoder learns to bear what a sampler leaves
+WIDTHS = (1.0, 0.75, 0.5)
+STUDENT = "shapes-lcm"
+
+
+@dataclass(frozen=True)
+class Config:
+    """One training. Steps of 0 leave a stage out: the weights it would make come from the embedded model (or `warm`).
+
+    pictures: of the world, encoded once. warm: start from the embedded weights instead of nothing. widths: the UNet
+    trains nested at these. decoder: channels of the VAE's decoder where it is made anew.
+    """
+
+    vae_steps: int = 4000
+    steps: int = 30_000
+    student_steps: int = 3000
+    pictures: int = 60_000
+    batch: int = 64
+    vae_batch: int = 16
+    lr: float = 1e-3
+    widths: tuple[float, ...] = WIDTHS
+    warm: bool = False
+    decoder: int = 64
+    seed: int = 0
+    precision: str = "bf16"
+    measures: int = 8
+    stop_after: float | None = None
+
+    def __post_init__(self) -> None:
+        if not self.widths or max(self.widths) != 1 or min(self.widths) <= 0:
+            raise RequestError(f"widths {self.widths}", "shares above 0, the largest 1", "Change --widths")
+        if self.pictures < 2 * self.batch:
+            raise RequestError(f"{self.pictures} pictures", f"at least {2 * self.batch}", "Raise --pictures")
+
+    def schedule(self, steps: int, lr: float, **changes: Any) -> Schedule:
+        given: dict[str, Any] = {"seed": self.seed, "precision": self.precision, "measures": self.measures} | changes
+        return Schedule(lr, steps, warmup=min(300, max(1, steps // 10)), stop_after=self.stop_after, **given)
+
+
+def train_shapes(out: Path, config: Config, progress: Progress = lambda *_: None) -> dict[str, Any]:
+    """Trains what `config` asks for in the folder `out`; ends with `out/shapes` and `out/shapes-lcm`, whole.
+
+    Returns what was reached: per stage steps, seconds and figures; "done" is False where `stop_after` cut it: the same
+    command goes on. Raises RequestError (another configuration trained here), and what `training.loop.train` raises.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    _same_config(out, config)
+    curves: dict[str, Curve] = {}
+    model = _start(config)
+    if config.vae_steps:
+        vae = _new_vae(config) if not config.warm else model.modules["vae"]
+        coder = Autoencoder(vae, config.vae_batch)
+        curves["vae"] = train(coder, out / "vae", config.schedule(config.vae_steps, 2e-3, ema=0.99), progress)
+        model = _with_vae(model, coder) if curves["vae"].done else model
+    if config.steps and _all_done(curves):
+        denoiser = Denoiser(model, _data(model, out, config, progress), config)
+        curves["denoiser"] = train(denoiser, out / "denoiser", config.schedule(config.steps, config.lr), progress)
+    if _all_done(curves):
+        save(model, out / "shapes", config, curves)
+    if config.student_steps and _all_done(curves):
+        student = Consistency(model, _data(model, out, config, progress), config.batch)
+        schedule = config.schedule(config.student_steps, config.lr / 10, ema=0.995)
+        curves["student"] = train(student, out / "student", schedule, progress)
+        if curves["student"].done:
+            save(student.student_model(), out / STUDENT, config, curves, student=True)
+    for name, curve in curves.items():
+        draw_curve(curve, out / f"{name}.png")
+    told = {n: {"step": c.step, "of": c.total, "seconds": round(c.seconds, 1), "figures": c.figures[-1:]}
+            for n, c in curves.items()}  # fmt: skip
+    return {"done": _all_done(curves), "stages": told}
+
+
+def _all_done(curves: Mapping[str, Curve]) -> bool:
+    return all(curve.done for curve in curves.values())
+
+
+def _same_config(out: Path, config: Config) -> None:
+    """A folder holds one configuration: what decides the weights may not change under a run."""
+    kept = json.dumps(asdict(replace(config, stop_after=None)), indent=1)
+    path = out / "config.json"
+    if path.is_file() and path.read_text(encoding="utf-8") != kept:
+        raise RequestError(
+            f"{out} holds a training of another configuration", "the flags it was begun with", "Name another folder"
+        )
+    write_whole(path, kept.encode())
+
+
+def _start(config: Config) -> LoadedModel:
+    """The embedded model, with UNet and text encoder made anew unless the start is warm."""
+    model = load()
+    if config.steps and not config.warm:
+        torch.manual_seed(config.seed)
+        for part in ("unet", "text_encoder"):
+            model.modules[part] = _anew(model.modules[part])
+    return model
+
+
+def _anew(module: Any) -> nn.Module:
+    """A module of the same configuration with fresh weights."""
+    fresh = type(module).from_config(module.config) if hasattr(module, "from_config") else type(module)(module.config)
+    return fresh.float().eval()
+
+
+def _new_vae(config: Config) -> Any:
+    from diffusers import AutoencoderTiny
+
+    torch.manual_seed(config.seed)
+    return AutoencoderTiny(
+        encoder_block_out_channels=(32,) * 4, decoder_block_out_channels=(config.decoder,) * 4,
+        num_encoder_blocks=(1, 2, 2, 2), num_decoder_blocks=(2, 2, 2, 1), latent_channels=4,
+    )  # fmt: skip
+
+
+def _with_vae(model: LoadedModel, job: Autoencoder) -> LoadedModel:
+    """The model with the new VAE and the scale that brings its latents to unit variance."""
+    scale = job.scale()
+    job.vae.register_to_config(scaling_factor=scale)
+    job.vae.requires_grad_(False)
+    latent = model.spec.latent.model_copy(update={"scaling_factor": scale, "rgb_factors": None, "rgb_bias": None})
+    return replace(
+        model, modules=model.modules | {"vae": job.vae}, spec=model.spec.model_copy(update={"latent": latent})
+    )
+
+
+class Autoencoder:
+    """A job: pictures through encoder and decoder, in absolute and squared error, latents kept near unit variance."""
+
+    name = "vae"
+
+    def __init__(self, vae: nn.Module, batch: int) -> None:
+        self.vae: Any = vae.train().requires_grad_(True)
+        self.modules: dict[str, nn.Module] = {"vae": self.vae}
+        self._batch = batch
+
+    def loss(self, rng: torch.Generator, device: torch.device) -> torch.Tensor:
+        start = int(torch.randint(0, 1 << 30, (), generator=rng))
+        picture = _floats([image for _, image in world_scenes(self._batch, start)]).to(device)
+        latents = self.vae.encoder(picture).float()
+        noise = torch.randn(latents.shape, generator=rng).to(device)
+        error = self.vae.decoder(latents + LATENT_NOISE * noise).float() - picture
+        spread = latents.mean((0, 2, 3)).square().mean() + (latents.var((0, 2, 3)) - 1).square().mean()
+        return error.abs().mean() + 2 * error.square().mean() + 0.02 * spread
+
+    def measure(self) -> Mapping[str, float]:
+        """PSNR of reconstructions, and the share that the oracle reads as their captions say."""
+        from edgesd.runtime.image import psnr_db, to_uint8
+        from edgesd.shapes.oracle import judge
+
+        captions, pictures = zip(*world_scenes(256, start=1 << 31), strict=True)
+        with torch.no_grad():
+            device = next(self.vae.parameters()).device
+            made = self.vae.decoder(self.vae.encoder(_floats(pictures).to(device))).float().cpu().numpy()
+        rebuilt = [to_uint8(image[None]) for image in made]
+        right = [judge(image, caption).all for image, caption in zip(rebuilt, captions, strict=True)]
+        decibels = [psnr_db(a, b) for a, b in zip(rebuilt, pictures, strict=True)]
+        return {"reconstructions read right": float(np.mean(right)), "PSNR, dB": float(np.mean(decibels))}
+
+    def scale(self) -> float:
+        with torch.no_grad():
+            device = next(self.vae.parameters()).device
+            pictures = _floats([image for _, image in world_scenes(64)]).to(device)
+            return round(1 / float(self.vae.encoder(pictures).float().std()), 4)
+
+
+def _floats(pictures: Sequence[np.ndarray]) -> torch.Tensor:
+    return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+@dataclass(frozen=True, eq=False)
+class Data:
+    """latents [N,4,16,16] scaled; ids [N,24] of their captions; empty [24]."""
+
+    latents: torch.Tensor
+    ids: torch.Tensor
+    empty: torch.Tensor
+
+    def draw(self, rng: torch.Generator, batch: int, without: float) -> tuple[torch.Tensor, torch.Tensor]:
+        index = torch.randint(0, len(self.latents), (batch,), generator=rng)
+        ids = self.ids[index].clone()
+        ids[torch.rand(batch, generator=rng) < without] = self.empty
+        return self.latents[index], ids
+
+
+def _data(model: LoadedModel, out: Path, config: Config, progress: Progress) -> Data:
+    from edgesd.sources import torch_pipeline
+
+    pipeline = torch_pipeline(model)
+    key = f"{WORLD} {config.pictures} {model.spec.latent.scaling_factor}"
+    scenes = world_scenes(config.pictures)
+    latents, captions = stored(
+        out / "pool.safetensors", key, lambda: encode_pictures(pipeline, scenes, config.pictures, progress)
+    )
+    tokenizer = pipeline.tokenizers[0]
+    ids = torch.from_numpy(np.stack([tokenizer.encode(text).ids[0] for text in (*captions, "")]).astype(np.int64))
+    return Data(torch.from_numpy(latents), ids[:-1], ids[-1])
+
+
+class Denoiser:
+    """A job: text encoder and UNet learn to predict the noise; narrow widths learn from the widest (sandwich rule)."""
+
+    name = "denoiser"
+
+    def __init__(self, model: LoadedModel, data: Data, config: Config) -> None:
+        unet, text = (model.modules[part].train().requires_grad_(True) for part in ("unet", "text_encoder"))
+        self.modules: dict[str, nn.Module] = {"unet": unet, "text_encoder": text}
+        self._model, self._data, self._config = model, data, config
+        self._nested, self._levels = Nested(unet, config.widths), levels(model.spec)
+
+    def loss(self, rng: torch.Generator, device: torch.device) -> torch.Tensor:
+        latents, ids = self._data.draw(rng, self._config.batch, WITHOUT_CAPTION)
+        noise = torch.randn(latents.shape, generator=rng)
+        timestep = torch.randint(0, len(self._levels.alpha), (len(latents),), generator=rng)
+        noisy = self._levels.noisy(latents, noise, timestep).to(device)
+        weight = self._levels.weight[timestep].to(device)
+        states = self.modules["text_encoder"](ids.to(device)).last_hidden_state
+        told = (noisy, timestep.to(device), states)
+        wide = self._nested.call(1.0, *told).sample.float()
+        total = _weighted(wide - noise.to(device), weight)
+        for width in self._nested.chosen(rng):
+            narrow = self._nested.call(width, *told).sample.float()
+            total = total + _weighted(narrow - wide.detach(), weight)
+        return total
+
+    def measure(self) -> Mapping[str, float]:
+        return {"alignment (128 captions)": alignment(self._model)}
+
+
+def _weighted(error: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    return (error.square().flatten(1).mean(1) * weight).mean()
+
+
+def alignment(model: LoadedModel, captions: int = 128, **settings: Any) -> float:
+    """Share of held-out captions drawn right, as `edgesd evaluate` counts them; other seed than the card's figures."""
+    from edgesd.drawing import draw_many
+    from edgesd.evaluate import evaluate
+    from edgesd.sources import torch_pipeline
+
+    modes = {name: module.training for name, module in model.modules.items()}
+    for module in model.modules.values():
+        module.eval()
+    pipeline = torch_pipeline(model, device=str(next(model.modules["unet"].parameters()).device))
+    given = {"num_inference_steps": 20, "sampler": "dpmpp_2m_karras", "guidance_scale": 4.0} | settings
+    report = evaluate(lambda texts, seeds: draw_many(pipeline, texts, seeds, **given), prompts=captions, seed=1)
+    for name, module in model.modules.items():
+        module.train(modes[name])
+    return report.alignment["all"]
+
+
+def save(model: LoadedModel, out: Path, config: Config, curves: Mapping[str, Curve], *, student: bool = False) -> None:
+    """Writes a checkpoint in diffusers layout: float16 weights, the embedded model's configs, what was trained."""
+    from edgesd.files import locked, replacing
+
+    source = embedded_folder()
+    with locked(out), replacing(out) as new:
+        for name in ("model_index.json", "README.md"):
+            shutil.copyfile(source / name, new / name)
+        for name in ("scheduler", "tokenizer"):
+            shutil.copytree(source / name, new / name)
+        for part, module in model.modules.items():
+            half: Any = copy.deepcopy(module).cpu().half()
+            half.save_pretrained(new / part, safe_serialization=True)
+        told = json.loads((source / SIDECAR).read_text(encoding="utf-8"))
+        told["nested_widths"] = [1.0] if student else sorted(config.widths, reverse=True)
+        told["training"] = {name: {"steps": c.total, "seconds": round(c.seconds)} for name, c in curves.items()}
+        if student:
+            from diffusers import LCMScheduler
+
+            told["defaults"] = {"sampler": "lcm", "steps": 4, "guidance": 1.0}
+            shutil.rmtree(new / "scheduler")
+            LCMScheduler.from_config(model.spec.scheduler, clip_sample=False).save_pretrained(new / "scheduler")
+        (new / SIDECAR).write_text(json.dumps(told, indent=1), encoding="utf-8")

@@ -1,0 +1,91 @@
+"""The embedded model's training, whole, in a minute; and the parts of its recipe that a short run cannot show."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from edgesd.errors import RequestError
+from edgesd.models.load import load
+from edgesd.runtime.generate import generate
+from edgesd.shapes.consistency import Consistency
+from edgesd.shapes.train import Config, Data, train_shapes
+from edgesd.sources import torch_pipeline
+from edgesd.training.pool import encode_pictures, world_scenes
+
+SHORT = Config(
+    vae_steps=4, steps=3, student_steps=2, pictures=16, batch=4, vae_batch=4, measures=0, precision="fp32", decoder=16
+)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("training") / "run"
+    return folder, train_shapes(folder, SHORT)
+
+
+def test_a_run_ends_with_two_checkpoints_that_draw(trained):
+    folder, reached = trained
+    assert reached["done"]
+    assert {name: stage["step"] for name, stage in reached["stages"].items()} == {"vae": 4, "denoiser": 3, "student": 2}
+    for name, steps in (("shapes", 2), ("shapes-lcm", 4)):
+        pipeline = torch_pipeline(load(str(folder / name)))
+        pictures = generate(pipeline, "a red circle on a white background", seed=1, num_inference_steps=steps)
+        assert pictures[0].image.shape == (128, 128, 3)
+    assert load(str(folder / "shapes-lcm")).spec.defaults.sampler == "lcm"
+    assert json.loads((folder / "shapes/edgesd.json").read_text())["nested_widths"] == [1.0, 0.75, 0.5]
+    assert (folder / "denoiser.png").is_file()
+
+
+def test_diffusers_opens_what_was_trained(trained):
+    from diffusers import StableDiffusionPipeline
+
+    folder, _ = trained
+    for name in ("shapes", "shapes-lcm"):
+        pipeline = StableDiffusionPipeline.from_pretrained(
+            folder / name, safety_checker=None, torch_dtype=torch.float32
+        )
+        assert pipeline("a red circle on a white background", num_inference_steps=1).images[0].size == (128, 128)
+
+
+def test_another_configuration_in_the_same_folder_is_refused(trained):
+    with pytest.raises(RequestError, match="another configuration"):
+        train_shapes(trained[0], Config(steps=7))
+
+
+def test_the_world_gives_the_same_pictures_by_number():
+    one, two = list(world_scenes(3, start=5)), list(world_scenes(1, start=6))
+    assert one[1][0] == two[0][0]
+    assert np.array_equal(one[1][1], two[0][1])
+
+
+def test_the_shipped_model_knows_the_noise_of_its_world():
+    """Latents and captions reach the UNet as in training: its error is far below that of no knowledge."""
+    from edgesd.shapes.train import Denoiser
+
+    model = load()
+    job = Denoiser(model, data(model, 64), Config(batch=32, widths=(1.0,), steps=1))
+    with torch.no_grad():
+        loss = float(job.loss(torch.Generator().manual_seed(0), torch.device("cpu")))
+    assert loss < 0.02  # the card's training ended at 0.008; noise alone would give 0.4
+
+
+def test_a_teacher_is_already_consistent_where_its_path_is_straight():
+    """The consistency function of diffusers: at the lowest noise level it hands its sample on unchanged."""
+    model = load()
+    job = Consistency(model, data(model, 8), 4)
+    sample = torch.randn(2, 4, 16, 16)
+    told = torch.zeros(2, 24, 128)
+    with torch.no_grad():
+        same = job._clean(model.modules["unet"], sample, torch.tensor([0, 0]), told)
+    assert torch.allclose(same, sample, atol=1e-6)
+    with torch.no_grad():
+        assert float(job.loss(torch.Generator().manual_seed(0), torch.device("cpu"))) < 0.3
+
+
+def data(model, count):
+    pipeline = torch_pipeline(model)
+    latents, captions = encode_pictures(pipeline, world_scenes(count), count, lambda *_: None)
+    ids = torch.from_numpy(np.stack([pipeline.tokenizers[0].encode(t).ids[0] for t in (*captions, "")]).astype(int))
+    return Data(torch.from_numpy(latents), ids[:-1], ids[-1])
