@@ -10,12 +10,15 @@ from __future__ import annotations
 
 import base64
 import json
+from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
+from manifest_cases import manifests_json
 from policy_cases import policy_json
 from samplers import SD, model
+from token_cases import tokens_json
 
 from edgesd.runtime.loop import run
 from edgesd.runtime.noise import MAX_SEED, Philox, Purpose, TorchNoise
@@ -33,6 +36,22 @@ TABLES = [
     ("flow_euler", 4, {"_class_name": "FlowMatchEulerDiscreteScheduler"}),
     ("edm_dpmpp_2m", 5, {"_class_name": "EDMDPMSolverMultistepScheduler"}),
 ]  # fmt: skip
+
+GRID = (
+    "ddim",
+    "ddpm",
+    "euler",
+    "euler_a",
+    "heun",
+    "dpmpp_2m_karras",
+    "dpmpp_3m",
+    "dpmpp_2m_sde",
+    "unipc",
+    "pndm",
+    "lcm",
+    "deis",
+)
+GRID_STEPS = (1, 4, 7, 20)
 
 
 def numbers(array) -> list:
@@ -131,12 +150,33 @@ def sampling_json() -> dict:
     }  # fmt: skip
 
 
+def grid_json() -> dict:
+    """12 samplers at 4 step counts: the tables as a bundle holds them, and their runs as in sampling.json."""
+    tables = [compile_table(name, SD, steps) for name in GRID for steps in GRID_STEPS]
+    x0 = Philox(SEED).normal(SHAPE, 0, 0, Purpose.RENOISE)
+    runs = [{"sampler": t.name, "steps": t.steps} | entry for i, t in enumerate(tables) for entry in run_json(i, t, x0)]
+    return {
+        "command": COMMAND, "about": "as sampling.json: the same function, seed, shape, x0 and tolerance",
+        "seed": SEED, "shape": list(SHAPE), "x0": numbers(x0.ravel()),
+        "file_base64": base64.b64encode(dump_tables(tables)).decode(), "runs": runs,
+    }  # fmt: skip
+
+
+# Every file of FOLDER, by its name without .json.
+FILES: dict[str, Callable[[], dict]] = {
+    "noise": noise_json, "sampling": sampling_json, "grid": grid_json, "policy": lambda: policy_json(COMMAND),
+    "tokens": lambda: tokens_json(COMMAND), "manifests": lambda: manifests_json(COMMAND),
+}  # fmt: skip
+
+
+def text(name: str) -> str:
+    return json.dumps(FILES[name](), allow_nan=False) + "\n"
+
+
 def main() -> None:
     FOLDER.mkdir(exist_ok=True)
-    for name, content in (
-        ("noise", noise_json()), ("sampling", sampling_json()), ("policy", policy_json(COMMAND))
-    ):  # fmt: skip
-        (FOLDER / f"{name}.json").write_text(json.dumps(content, allow_nan=False) + "\n")
+    for name in FILES:
+        (FOLDER / f"{name}.json").write_text(text(name))
 
 
 if __name__ == "__main__":
