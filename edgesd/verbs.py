@@ -1,4 +1,4 @@
-"""Verbs beyond the main path: calibrate, prune, policy, simulate. `edgesd.cli` registers them."""
+"""Verbs beyond the main path: calibrate, prune, policy, report, simulate. `edgesd.cli` registers them."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from edgesd.console import Json, pair, show
+from edgesd.console import Json, pair, progress, show
 
 policy_app = typer.Typer(help="Tables that decide by the device's state how much a picture gets.", no_args_is_help=True)
 
@@ -54,6 +54,24 @@ def simulate(
         widths=tuple(width if width is not None else ()),
         plot=output,
     )
+    show(*pair(sheet, as_json))
+
+
+def report(
+    bundles: Annotated[list[Path], typer.Argument(help="Bundles; the first one is the measure of the others.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="HTML page to write.")] = Path("report.html"),
+    prompt: Annotated[list[str] | None, typer.Option("--prompt", help="What each draws; repeatable.")] = None,
+    seed: Annotated[int, typer.Option("--seed", min=0)] = 0,
+    steps: Annotated[int | None, typer.Option("--steps", min=1, max=1000)] = None,
+    as_json: Json = False,
+) -> None:
+    """One page about bundles, whole in itself: pictures side by side, sizes, dB, coverage, policies, provenance."""
+    from edgesd import report as room
+
+    with progress() as tick:
+        sheet = room.report(
+            bundles, output, prompts=tuple(prompt) if prompt else (), seed=seed, steps=steps, progress=tick
+        )
     show(*pair(sheet, as_json))
 
 
@@ -114,6 +132,6 @@ def prune(
 
 def register(app: typer.Typer) -> None:
     """Adds these verbs to the command line."""
-    for verb in (calibrate, prune, simulate):
+    for verb in (calibrate, prune, report, simulate):
         app.command()(verb)
     app.add_typer(policy_app, name="policy")

@@ -77,7 +77,7 @@ def test_every_family_trains(family, tmp_path):
     loss = job.loss(torch.Generator().manual_seed(0), torch.device("cpu"))
     loss.backward()
     assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in student.parameters())
-    assert float(loss) > 0
+    assert loss.item() > 0
     student.load_state_dict(teacher.state_dict())
     alone = Recovery(student, teacher, pool, pipeline.spec, batch=3, guidance=5.0)
     assert float(alone.loss(torch.Generator().manual_seed(0), torch.device("cpu"))) < 1e-8
