@@ -47,6 +47,11 @@ def quantize_weight(weight: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
     return (weight.detach().float() / per_channel).round().clamp(-WEIGHT_HIGH, WEIGHT_HIGH).to(torch.int8)
 
 
+def dequantized_weight(weight: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+    """A weight rounded to its grid, as floats."""
+    return quantize_weight(weight, scales).float() * scales.view(-1, *[1] * (weight.ndim - 1))
+
+
 @cache
 def _ops() -> Any:
     """PyTorch's reference quantization operators, which all four converters read."""
@@ -138,9 +143,7 @@ class Simulated(_Quantized):
     """The reference numerics in float arithmetic; the weight is rounded once."""
 
     def finish(self) -> _Quantized:
-        per_channel = self.scales.view(-1, *[1] * (self.float_weight.ndim - 1))
-        rounded = quantize_weight(self.float_weight, self.scales).float() * per_channel
-        self.weight = nn.Parameter(rounded, requires_grad=False)
+        self.weight = nn.Parameter(dequantized_weight(self.float_weight, self.scales), requires_grad=False)
         del self.float_weight, self.scales
         return self
 
