@@ -28,7 +28,7 @@ PART_OF = {
     "text_encoder": "text_encoder", "text_encoder_2": "text_encoder_2", "unet": "unet", "vae_decoder": "vae",
     "vae_encoder": "vae",
 }  # fmt: skip
-WEIGHT_BYTES = {"fp32": 4, "fp16": 2}
+WEIGHT_BYTES = {"fp32": 4, "fp16": 2, "int8": 1, "hybrid": 1, "w8": 1}
 # Peak of a converter's process: units of the component's float32 bytes, and what its libraries take before any weight.
 # Measured on the embedded model and on SD 1.5's architecture (docs/packaging.md); a new target starts at the largest.
 PEAK_FACTOR = {"onnx-web": 2.8, "openvino": 2.4, "tflite": 3.4, "coreml": 4.5}

@@ -153,7 +153,7 @@ def package(
     ] = None,
     target: Annotated[list[str], typer.Option("--target", help="onnx-web, openvino, tflite, coreml or all.")] = ...,  # type: ignore[assignment]
     precision: Annotated[
-        str | None, typer.Option("--precision", help="fp32 or fp16; each target's own if left out.")
+        str | None, typer.Option("--precision", help="int8, hybrid, w8, fp16 or fp32; each target's own if left out.")
     ] = None,
     vae: Annotated[str | None, typer.Option("--vae", help="tiny, full or a VAE folder.")] = None,
     sampler: Annotated[list[str] | None, typer.Option("--sampler", help="Tables to ship; repeatable.")] = None,
@@ -185,6 +185,12 @@ def package(
     device_class: Annotated[
         list[str] | None, typer.Option("--device-class", help="Predict whether it fits: iphone-6gb, browser-wasm, …")
     ] = None,
+    calibration: Annotated[
+        str | None, typer.Option("--calibration", help="Set of recorded calls for int8; recorded anew if left out.")
+    ] = None,
+    gate_db: Annotated[
+        float | None, typer.Option("--gate-db", help="What one call of an int8 component must reach against float.")
+    ] = None,
     max_ram: Annotated[
         str | None, typer.Option("--max-ram", help="Memory that packaging may hold, such as 8GB.")
     ] = None,
@@ -214,6 +220,7 @@ def package(
         "unet": unet, "text_encoder": text_encoder, "tokenizer": tokenizer, "prediction": prediction,
         "long_prompt": long_prompt if long_prompt else None, "prompt_bank": prompt_bank,
         "device_classes": tuple(device_class) if device_class else None,
+        "calibration": calibration, "gate_db": gate_db,
         "max_ram_bytes": parse_bytes(max_ram) if max_ram is not None else None,
     }  # fmt: skip
     fields |= {key: value for key, value in given.items() if value is not None}

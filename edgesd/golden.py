@@ -42,6 +42,7 @@ FORMAT: Literal["edgesd-golden-1"] = "edgesd-golden-1"
 STEPS = 8
 PICTURE_SIDE = 512  # pixels a side of the recorded picture, at most
 MAX_READ_BYTES = 1 << 30
+_AGAIN = "Package the model again"
 _PROMPTS = {"shapes": "a red circle above a blue square on a white background"}
 _NEUTRAL = "a photograph of a wooden table with a bowl of fruit beside a window"
 
@@ -275,19 +276,23 @@ def attach(manifest: Manifest) -> Manifest:
 
 def read(bundle: Bundle) -> Golden:
     """The golden vectors of a bundle. Raises DataError where they are missing or do not fit together."""
-    fix = "Package the model again"
     listed = bundle.manifest.golden
     if listed is None:
-        raise DataError(f"{bundle.folder.name} has no golden vectors", "a bundle with them", fix)
+        raise DataError(f"{bundle.folder.name} has no golden vectors", "a bundle with them", _AGAIN)
+    return load(bundle.path(listed), bundle.path(_tensors_path(listed)))
+
+
+def load(facts_path: Path, tensors_path: Path) -> Golden:
+    """Golden vectors from their two files. Raises DataError where these are missing or do not fit together."""
     try:
-        with open_regular(bundle.path(listed)) as file:
+        with open_regular(facts_path) as file:
             facts = Facts.model_validate_json(file.read(MAX_READ_BYTES), strict=True)
-        with open_regular(bundle.path(_tensors_path(listed))) as file:
+        with open_regular(tensors_path) as file:
             tensors = load_tensors(file.read(MAX_READ_BYTES))
         _check(facts, tensors)
     except (ValidationError, SafetensorError, ValueError, KeyError, OSError) as error:
         reason = str(error).strip().splitlines()[0][:160] if str(error).strip() else type(error).__name__
-        raise DataError(f"the golden vectors do not read ({reason})", "what edgesd wrote", fix) from None
+        raise DataError(f"the golden vectors do not read ({reason})", "what edgesd wrote", _AGAIN) from None
     return Golden(facts, tensors)
 
 

@@ -103,7 +103,8 @@ class Variant(Frozen):
     """One artefact of a component. files[0] is what a runtime opens; the rest lie beside it (weights).
 
     status says how it was checked: executed in its own runtime, interpreted (Core ML off a Mac), unverified.
-    snr_db is the error against the float32 truth on recorded calls, per output the worst.
+    snr_db is the error against the float32 truth on recorded calls, per output the worst. plan: the quantization as the
+    artefact has it (JSON, see docs/quantization.md). gate_db: what snr_db must reach where its own simulation says so.
     """
 
     axes: Axes
@@ -115,6 +116,8 @@ class Variant(Frozen):
     status: Status = "unverified"
     runtime: Text = ""
     snr_db: float | None = None
+    gate_db: float | None = None
+    plan: RelPath | None = None
     seconds: float | None = None
     compute_units: Annotated[str, Field(max_length=64)] = ""
 
@@ -281,6 +284,7 @@ class Manifest(Frozen):
         named |= {t.file for t in self.model.tokenizers} | {s.file for s in self.samplers}
         named |= {p.file for p in self.policies}
         named |= {path for path in (self.golden, self.prompts) if path is not None}
+        named |= {v.plan for c in self.components for v in c.variants if v.plan is not None}
         if missing := sorted(named - set(known)):
             raise ValueError(f"{missing[0]} is used but not listed in files")
         if len({c.name for c in self.components}) != len(self.components):

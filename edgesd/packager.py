@@ -17,7 +17,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from edgesd import bundle, golden, targets
+from edgesd import bundle, golden, quantstages, targets
 from edgesd.buildplan import PART_OF, BuildPlan, Planned, make_plan
 from edgesd.child import Child, in_child
 from edgesd.errors import GateError, RequestError
@@ -85,8 +85,12 @@ def build(plan: BuildPlan, *, force: bool = False) -> Made:
         facts = json.loads((truth / "facts.json").read_text(encoding="utf-8"))
         variants: dict[str, list[Variant]] = {}
         downgrades: list[Downgrade] = []
+        scales = quantstages.prepare(plan, workers, LIBRARIES)
         for planned in plan.artefacts:
-            made = workers.stage(planned.folder, planned.params * 4, _lower_key(plan, planned), _lower, plan, planned)
+            key, quant = scales.get((planned.component, planned.axes.precision), (None, None))
+            made = workers.stage(
+                planned.folder, planned.params * 4, _lower_key(plan, planned, key), _lower, plan, planned, quant, truth
+            )
             _copy(made / "files", folder / planned.folder)
             variant, lost = _variant(planned, json.loads((made / "lowered.json").read_text(encoding="utf-8")))
             variants.setdefault(planned.component, []).append(variant)
@@ -159,8 +163,9 @@ def _truth_key(plan: BuildPlan) -> str:
     return stage_key("reference", *parts, libraries=LIBRARIES)
 
 
-def _lower_key(plan: BuildPlan, planned: Planned) -> str:
-    parts = (plan.checkpoint.sha256, plan.checkpoint.spec, planned.axes, _options(plan))
+def _lower_key(plan: BuildPlan, planned: Planned, scales: str | None) -> str:
+    parts: tuple[Any, ...] = (plan.checkpoint.sha256, plan.checkpoint.spec, planned.axes, _options(plan))
+    parts += (scales, _truth_key(plan)) if scales is not None else ()
     return stage_key(f"{plan.recipe.target}-{planned.component}", *parts, libraries=LIBRARIES)
 
 
@@ -203,8 +208,9 @@ def _record_truth(plan: BuildPlan, folder: Path) -> None:
     (folder / "facts.json").write_text(json.dumps(facts), encoding="utf-8")
 
 
-def _lower(plan: BuildPlan, planned: Planned, folder: Path) -> None:
-    """In a child: one component, one variant, into `folder/files`."""
+def _lower(plan: BuildPlan, planned: Planned, scales: Path | None, truth: Path, folder: Path) -> None:
+    """In a child: one component, one variant, into `folder/files`. scales: its finished quantization stage."""
+    from edgesd.compress.quantize import adjusted
     from edgesd.models.count import count
     from edgesd.models.load import load_parts, quiet
     from edgesd.models.modules import build as build_component
@@ -213,9 +219,18 @@ def _lower(plan: BuildPlan, planned: Planned, folder: Path) -> None:
     with quiet():
         model = load_parts(plan.checkpoint, [PART_OF[planned.component]])
         component = build_component(planned.component, model.modules, model.spec, planned.axes)
+        options = _options(plan)
+        if scales is not None:
+            options["plan"], tensors = quantstages.read(scales)
+            component = adjusted(component, tensors)
         (folder / "files").mkdir()
-        lowered = target.lower(component, planned.axes, folder / "files", **_options(plan))
+        lowered = target.lower(component, planned.axes, folder / "files", **options)
         whole = count(component.module, component.example)
+        owed = None
+        if lowered.plan is not None:
+            (folder / "files" / quantstages.PLAN).write_text(lowered.plan.model_dump_json(), encoding="utf-8")
+            quantized_outputs = target.capabilities.int8_outputs
+            owed = quantstages.owed_db(component, lowered.plan, quantized_outputs, truth / "files", planned.axes)
     params, macs = (whole.params, whole.macs) if lowered.cost is None else lowered.cost
     record = {
         "files": [f.as_posix() for f in lowered.files],
@@ -225,6 +240,8 @@ def _lower(plan: BuildPlan, planned: Planned, folder: Path) -> None:
         "compute_units": lowered.compute_units,
         "params": params,
         "macs": macs,
+        "plan": None if lowered.plan is None else quantstages.PLAN,
+        "gate_db": owed,
     }
     (folder / "lowered.json").write_text(json.dumps(record), encoding="utf-8")
 
@@ -245,6 +262,8 @@ def _variant(planned: Planned, record: dict[str, Any]) -> tuple[Variant, list[Do
         params=record["params"],
         macs=record["macs"],
         compute_units=record["compute_units"],
+        plan=None if record["plan"] is None else f"{planned.folder}/{record['plan']}",
+        gate_db=record["gate_db"],
     )
     return variant, [Downgrade(**d) for d in record["downgrades"]]
 

@@ -29,7 +29,7 @@ _AGAIN = "Package the model again"
 @dataclass(frozen=True)
 class Measured:
     """One variant on the recorded calls. axes: its own, chunk (0, n) standing for all n. The dB are the worst of any
-    output of any call; seconds of one call, the first left out. status: how this machine ran it."""
+    output of any call; seconds of one call, the first left out. status: how this machine ran it. gate_db: of snr_db."""
 
     component: str
     axes: Axes
@@ -37,6 +37,7 @@ class Measured:
     psnr_db: float
     seconds: Spread
     status: str = "executed"
+    gate_db: float = 0.0
 
     def to_json(self) -> dict[str, Any]:
         figures = {"snr_db": round(self.snr_db, 3), "psnr_db": round(self.psnr_db, 3), "status": self.status}
@@ -114,9 +115,15 @@ def measure_variants(
         if stored.fits(axes):
             session = open_session(part)
             snr, psnr, seconds = run_calls(session, stored, name, axes.batch)
-            found.append(Measured(name, axes, snr, psnr, seconds, status(axes.form)))
+            gate = gate_db(part.component(name).variants[0])
+            found.append(Measured(name, axes, snr, psnr, seconds, status(axes.form), gate))
             session.unload(name)
     return tuple(found)
+
+
+def gate_db(variant: Variant) -> float:
+    """What a variant's snr_db must reach: its own figure where it has one, else its precision's."""
+    return GATES[variant.axes.precision].snr_db if variant.gate_db is None else variant.gate_db
 
 
 def with_measurements(manifest: Manifest, measured: Iterable[Measured], runtime: str) -> Manifest:

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from edgesd.errors import RequestError
 
-Precision = Literal["fp32", "fp16"]
+Precision = Literal["fp32", "fp16", "int8", "hybrid", "w8"]
 MAX_SIDE_PX = 4096
 
 
@@ -28,7 +28,8 @@ class Recipe(BaseModel):
     pieces): Core ML alone. unet, text_encoder: folders to swap those parts. tokenizer, prediction: for a single file.
     loras, embeddings: "FILE:scale", "FILE:word". clip_skip: text layers left out. long_prompt: tokens a prompt may
     have. prompt_bank: file of the only prompts the bundle will know. max_ram_bytes: what packaging may hold in memory.
-    device_classes: devices to predict the fit for (edgesd.devices).
+    device_classes: devices to predict the fit for (edgesd.devices). calibration: a set of recorded calls for int8,
+    recorded anew if None. gate_db: what one call of each int8 component must reach against float; None = by component.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
@@ -57,6 +58,8 @@ class Recipe(BaseModel):
     long_prompt: Annotated[int, Field(ge=0, le=4096)] = 0
     prompt_bank: str | None = None
     device_classes: tuple[str, ...] = ()
+    calibration: str | None = None
+    gate_db: Annotated[float, Field(ge=0, le=120)] | None = None
     max_ram_bytes: Annotated[int, Field(ge=1 << 20, le=1 << 50)] | None = None
 
     @field_validator("steps")
@@ -80,7 +83,7 @@ class Recipe(BaseModel):
     def echo(self) -> dict[str, Any]:
         """The request as the manifest shows it: a local folder appears by its name alone."""
         shown = self.model_dump(mode="json")
-        for key in ("source", "vae", "unet", "text_encoder", "tokenizer", "prompt_bank"):
+        for key in ("source", "vae", "unet", "text_encoder", "tokenizer", "prompt_bank", "calibration"):
             if isinstance(shown[key], str) and (Path(shown[key]).is_absolute() or Path(shown[key]).exists()):
                 shown[key] = Path(shown[key]).name
         for key in ("loras", "embeddings"):

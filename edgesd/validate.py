@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any
 from edgesd import golden as vectors
 from edgesd.errors import GateError
 from edgesd.files import disk_errors
-from edgesd.golden import GATES
 from edgesd.manifest import Manifest
 from edgesd.parity import (
     Check,
@@ -27,6 +26,7 @@ from edgesd.parity import (
     check_picture,
     check_text,
     describe,
+    gate_db,
     measure_variants,
     other_flavours,
     run_calls,
@@ -139,14 +139,14 @@ def selftest(folder: Path | str, **options: Any) -> Report:
     target = targets.load(opened.manifest.target)
     stored = vectors.read(opened)
     pipeline = sources.open_bundle(opened.folder, **options)
-    session, precision = pipeline.session, {c.name: c.variants[0].axes.precision for c in opened.manifest.components}
+    session, first = pipeline.session, {c.name: c.variants[0] for c in opened.manifest.components}
     checks = [*check_text(pipeline, stored), check_noise(stored)]
     components: dict[str, dict[str, float]] = {}
-    for component in precision:
+    for component, variant in first.items():
         snr, psnr, _ = run_calls(session, stored, component, min(session.batches(component) or (1,)))
         components[component] = {"snr_db": snr, "psnr_db": psnr}
-        checks.append(Check(component, snr, GATES[precision[component]].snr_db, "dB SNR"))
-    whole, picture = check_picture(pipeline, stored, weakest(precision.values()), every_row=True)
+        checks.append(Check(component, snr, gate_db(variant), "dB SNR"))
+    whole, picture = check_picture(pipeline, stored, weakest(v.axes.precision for v in first.values()), every_row=True)
     return Report(
         target=opened.manifest.target, status=run_status(target), runtime=target.runtime_version(),
         checks=(*checks, *whole), components=components, picture=picture, seconds=time.perf_counter() - started,
@@ -175,9 +175,7 @@ def validate(folder: Path | str, truth: Pipeline | None = None, **options: Any) 
     measured = measure_variants(manifest, stored, open_part, partial(run_status, target))
     pipeline = sources.open_bundle(opened.folder, **options)
     checks = [*check_text(pipeline, stored), check_noise(stored)]
-    checks += [
-        Check(f"{m.component} {describe(m.axes)}", m.snr_db, GATES[m.axes.precision].snr_db, "dB SNR") for m in measured
-    ]
+    checks += [Check(f"{m.component} {describe(m.axes)}", m.snr_db, m.gate_db, "dB SNR") for m in measured]
     first = {m.component: m for m in reversed(measured)}
     whole, picture = check_picture(pipeline, stored, weakest(m.axes.precision for m in first.values()))
     for name, part in other_flavours(manifest):

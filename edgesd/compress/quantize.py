@@ -76,7 +76,8 @@ class QuantPlan(_Frozen):
     """How a component is quantized. layers: every convolution and linear, in order of execution.
 
     precision: what was asked for. source_sha256: of the checkpoint; calibration: what the ranges were seen on.
-    sensitivities: the worst first. snr_db: of the simulated plan against float, over the calls it was verified on.
+    sensitivities: the worst first. snr_db: of the simulated plan against float on calls, at the worst noise level.
+    latents_snr_db: of finished latents, a UNet's. strengths: of smoothing, by source; 0 where it did not help.
     """
 
     component: str
@@ -86,6 +87,8 @@ class QuantPlan(_Frozen):
     layers: tuple[LayerPlan, ...]
     sensitivities: tuple[Sensitivity, ...] = ()
     snr_db: float | None = None
+    latents_snr_db: float | None = None
+    strengths: dict[str, float] = {}
 
     @model_validator(mode="after")
     def _distinct(self) -> QuantPlan:
