@@ -30,7 +30,8 @@ CACHES = {
     "pictures": "pictures, with --reuse",
     "receipts": "bundles already verified",
 }
-MOST_SHOWN = 12  # operation types in the table; the JSON has all
+MOST_SHOWN = 12  # operation types in the table, layers of a plan; the JSON has all
+MAX_PLAN_BYTES = 64 << 20
 _PLAIN = ("float32", "f32", "")
 
 
@@ -98,6 +99,27 @@ def _variant(opened: Bundle, component: str, variant: Variant, target: Target | 
         "seconds": variant.seconds,
         "compute_units": variant.compute_units,
         "operations": operations,
+        "quantization": _quantization(opened, variant),
+    }
+
+
+def _quantization(opened: Bundle, variant: Variant) -> dict[str, Any] | None:
+    """What a variant's plan says: shares of MACs by mode, layers that are not int8 and why, the most sensitive ones."""
+    if variant.plan is None:
+        return None
+    from edgesd.compress.quantplan import QuantPlan
+
+    with files.open_regular(opened.path(variant.plan)) as file:
+        plan = QuantPlan.parse(file.read(MAX_PLAN_BYTES))
+    return {
+        "precision": plan.precision,
+        "calibration": plan.calibration,
+        "macs": {mode: round(share, 4) for mode, share in plan.shares().items()},
+        "layers": dict(Counter(layer.mode for layer in plan.layers)),
+        "simulated_snr_db": plan.snr_db,
+        "latents_snr_db": plan.latents_snr_db,
+        "not_int8": {layer.name: f"{layer.mode}: {layer.why}" for layer in plan.layers if layer.mode != "int8"},
+        "sensitivities": {one.name: one.snr_db for one in plan.sensitivities},
     }
 
 
@@ -115,6 +137,7 @@ def _inspected(manifest: Manifest, data: dict[str, Any], missing: str) -> list[S
             missing,
         ),
         *_operations(data["variants"]),
+        *_quantized(data["variants"]),
         Section(
             "Sampler tables",
             ("sampler", "steps", "tables"),
@@ -149,6 +172,23 @@ def _operations(variants: list[dict[str, Any]]) -> list[Section]:
             more = f", and {len(ranked) - MOST_SHOWN} more kinds" if len(ranked) > MOST_SHOWN else ""
             rows.append((v["component"], v["variant"], str(sum(flat.values())), ", ".join(words) + more))
     return [Section("Operations", ("component", "variant", "all", "by type"), tuple(rows))] if rows else []
+
+
+def _quantized(variants: list[dict[str, Any]]) -> list[Section]:
+    """Per quantized variant: MACs by mode, what the plan reached, then its layers, the most sensitive first."""
+    sections = []
+    for v in variants:
+        plan = v["quantization"]
+        if plan is not None:
+            shares = ", ".join(f"{share:.1%} of MACs {mode}" for mode, share in plan["macs"].items())
+            reached = f"simulated {decibels(plan['simulated_snr_db'])} dB"
+            worst = list(plan["sensitivities"].items())[:MOST_SHOWN]
+            rows = tuple((name, f"{snr:.1f}", plan["not_int8"].get(name, "int8")) for name, snr in worst)
+            more = len(plan["sensitivities"]) - len(worst)
+            note = f"{shares}; {reached}; {plan['calibration']}" + (f"; {more} more layers in --json" if more else "")
+            title = f"{v['component']} {v['variant']}: what quantizing each layer alone costs"
+            sections.append(Section(title, ("layer", "SNR dB", "made"), rows, note))
+    return sections
 
 
 # ---- samplers --------------------------------------------------------------------------------------------------

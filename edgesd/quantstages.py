@@ -20,7 +20,7 @@ from edgesd.stages import key as stage_key
 if TYPE_CHECKING:
     import torch
 
-    from edgesd.compress.quantize import QuantPlan
+    from edgesd.compress.quantplan import QuantPlan
     from edgesd.manifest import Axes, ModelSpec
     from edgesd.models.modules import Component
 
@@ -184,7 +184,7 @@ def read(folder: Path) -> tuple[QuantPlan, dict[str, torch.Tensor]]:
     """A finished stage: the plan and the weights that go with it."""
     from safetensors.torch import load_file
 
-    from edgesd.compress.quantize import QuantPlan
+    from edgesd.compress.quantplan import QuantPlan
 
     return QuantPlan.parse((folder / PLAN).read_bytes()), load_file(folder / TENSORS)
 

@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from edgesd.compress.quantplan import HIGH, LOW
 from edgesd.errors import SetupError
 
 if TYPE_CHECKING:
-    from edgesd.compress.quantize import LayerPlan, Scale
+    from edgesd.compress.quantplan import LayerPlan, Scale
 
-LOW, HIGH = -128, 127  # activations
 WEIGHT_HIGH = 127  # weights: -127..127, so that their negatives fit
 # Bias and products meet in an int32. The products of 2^15 inputs stay below 2^30; the bias gets the other 2^30.
 MAX_BIAS = 2**30

@@ -15,9 +15,10 @@ import torch
 from torch import nn
 
 from edgesd.compress.calls import Batch
-from edgesd.compress.layouts import HIGH, LOW, dequantized_weight, weight_scales
+from edgesd.compress.layouts import dequantized_weight, weight_scales
 from edgesd.compress.moments import require_finite
-from edgesd.compress.quantize import Scale, quantizable
+from edgesd.compress.quantize import quantizable
+from edgesd.compress.quantplan import HIGH, LOW, Scale
 from edgesd.models.modules import Component
 
 BANDS = 4  # of timesteps, for the report

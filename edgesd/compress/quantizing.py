@@ -12,7 +12,8 @@ import torch
 from edgesd.compress.calls import Batch
 from edgesd.compress.layouts import raised_channels
 from edgesd.compress.observe import Grids, choose, extents
-from edgesd.compress.quantize import LayerPlan, Mode, QuantPlan, adjusted, quantizable, quantized
+from edgesd.compress.quantize import adjusted, quantizable, quantized
+from edgesd.compress.quantplan import LayerPlan, Mode, QuantPlan
 from edgesd.compress.sensitivity import Progress, Truth, hold, rank
 from edgesd.compress.smooth import smooth
 from edgesd.models.count import count
@@ -26,7 +27,7 @@ CAUTIOUS: dict[str, tuple[str, ...]] = {
     "vae_encoder": ("*conv_shortcut",),
     "text_encoder_2": ("text_projection",),
 }
-# The first and the last convolution are next to nothing in size; near the end of a run an error of theirs is the picture.
+# The first and the last convolution are next to nothing in size; late in a run an error of theirs is the picture's.
 ENDS = {
     "unet": ("*conv_in", "*conv_out"),
     "vae_decoder": ("*conv_in", "*conv_out", "post_quant_conv", "decoder.layers.0"),

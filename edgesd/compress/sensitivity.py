@@ -14,7 +14,8 @@ import torch
 
 from edgesd.compress.calls import Batch
 from edgesd.compress.observe import call, levels
-from edgesd.compress.quantize import Mode, QuantPlan, Sensitivity, quantized
+from edgesd.compress.quantize import quantized
+from edgesd.compress.quantplan import Mode, QuantPlan, Sensitivity
 from edgesd.errors import GateError
 from edgesd.models.modules import Component
 
