@@ -36,14 +36,13 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "float": {},
     "int8": {"precision": "int8"},
     "int8, outputs too": {"precision": "int8", "outputs": ("conv", "linear")},
-    "int8, no gate": {"precision": "int8", "gate_db": None},
-    "hybrid": {"precision": "hybrid"},
-    "w8": {"precision": "w8"},
-    "dynamic int8": {"engine": "onnxruntime dynamic"},
     "nncf": {"engine": "nncf"},
-    "nncf hybrid": {"engine": "nncf hybrid"},
     "pruned 25%": {"prune": PRUNED},
     "pruned 25% + int8": {"prune": PRUNED, "precision": "int8"},
+    "hybrid": {"precision": "hybrid"},
+    "nncf hybrid": {"engine": "nncf hybrid"},
+    "w8": {"precision": "w8"},
+    "dynamic int8": {"engine": "onnxruntime dynamic"},
 }
 SHEET = ("float", "int8", "pruned 25%", "pruned 25% + int8")
 
@@ -86,13 +85,13 @@ def planned(work: Path, how: dict[str, Any]) -> tuple[Any, Any]:
     from edgesd.compress.quantize import QuantPlan, adjusted
     from edgesd.compress.quantizing import quantize
 
-    gate, prune = how.get("gate_db", GATE_DB), how.get("prune")
-    file = work / f"plan-{how['precision']}-{gate}-{prune}.pt"
+    prune = how.get("prune")
+    file = work / f"plan-{how['precision']}-{prune}.pt"
     whole = component(work, prune)
     if not file.is_file():
         made = quantize(
             whole, calls(work), how["precision"], source_sha256=paired.embedded().sha256, calibration=f"{CALLS} calls",
-            gate_db=gate,
+            gate_db=GATE_DB,
         )  # fmt: skip
         torch.save({"plan": made.plan.model_dump_json(), "tensors": made.tensors}, file)
     kept = torch.load(file, weights_only=True)
@@ -115,7 +114,7 @@ def made(work: Path, name: str) -> Path:
 
     how, began = VARIANTS[name], time.perf_counter()
     folder.mkdir(parents=True, exist_ok=True)
-    facts: dict[str, Any] = {"how": {k: v for k, v in how.items() if k != "gate_db"}}
+    facts: dict[str, Any] = {"how": how}
     if how.get("engine") == "onnxruntime dynamic":
         graph = _dynamic(component(work, None), folder)
     elif "precision" in how:

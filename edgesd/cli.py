@@ -152,6 +152,9 @@ def package(
         typer.Argument(help="Diffusers folder, .safetensors file or hub id; the embedded model if left out."),
     ] = None,
     target: Annotated[list[str], typer.Option("--target", help="onnx-web, openvino, tflite, coreml or all.")] = ...,  # type: ignore[assignment]
+    profile: Annotated[
+        str | None, typer.Option("--profile", help="quality, balanced (int8) or small; single flags win.")
+    ] = None,
     precision: Annotated[
         str | None, typer.Option("--precision", help="int8, hybrid, w8, fp16 or fp32; each target's own if left out.")
     ] = None,
@@ -210,7 +213,8 @@ def package(
 
     fields: dict[str, Any] = read_recipe(recipe) if recipe is not None else {}
     given = {
-        "source": model, "precision": precision, "vae": vae, "samplers": tuple(sampler) if sampler else None,
+        "source": model, "profile": profile, "precision": precision, "vae": vae,
+        "samplers": tuple(sampler) if sampler else None,
         "size_px": parse_size(size_px) if size_px is not None else None, "forms": tuple(form) if form else None,
         "batch2": batch2 if batch2 else None, "compiled": compiled if compiled else None, "revision": revision,
         "chunks": chunks if chunks != 1 else None,

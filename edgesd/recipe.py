@@ -15,12 +15,18 @@ from edgesd.errors import RequestError
 
 Precision = Literal["fp32", "fp16", "int8", "hybrid", "w8"]
 MAX_SIDE_PX = 4096
+# What a profile sets where the request says nothing: as close as the target gets; int8; int8 of a smaller UNet.
+PROFILES: dict[str, dict[str, Any]] = {
+    "quality": {},
+    "balanced": {"precision": "int8"},
+    "small": {"precision": "int8"},
+}
 
 
 class Recipe(BaseModel):
     """One packaging request. `None` means: what the checkpoint or the target says.
 
-    source: diffusers folder, hub id, or None for the embedded model. target: one name.
+    source: diffusers folder, hub id, or None for the embedded model. target: one name. profile: sets what is not given.
     precision: None = the target's default. vae: "tiny", "full" (what the checkpoint holds must match) or a VAE folder.
     samplers: names whose tables ship; steps: the range of step counts each holds.
     size_px: (height, width), multiples of the model's downscale. batch2: also a UNet for guidance in one call.
@@ -37,6 +43,7 @@ class Recipe(BaseModel):
     source: str | None = None
     revision: str | None = None
     target: str
+    profile: Literal["quality", "balanced", "small"] | None = None
     precision: Precision | None = None
     vae: str | None = None
     samplers: tuple[str, ...] = ()
@@ -98,9 +105,9 @@ class Recipe(BaseModel):
 
 
 def make_recipe(**fields: Any) -> Recipe:
-    """A checked Recipe. Raises RequestError that names the field."""
+    """A checked Recipe; its profile's settings stand behind those given. Raises RequestError that names the field."""
     try:
-        return Recipe(**fields)
+        return Recipe(**{**PROFILES.get(str(fields.get("profile")), {}), **fields})
     except ValidationError as error:
         first = error.errors()[0]
         field = ".".join(str(part) for part in first["loc"])

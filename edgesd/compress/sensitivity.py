@@ -74,31 +74,32 @@ def rank(component: Component, plan: QuantPlan, truth: Truth, progress: Progress
 def hold(plan: QuantPlan, build: Build, truth: Truth, gate_db: float) -> tuple[QuantPlan, dict[int, float]]:
     """The plan with as many layers stepped back, worst first, as the gate needs; and what it reached by noise level.
 
-    int8 layers become weight-only; when none is left that still computes in int8, weight-only ones float. Raises
-    GateError where that leaves nothing quantized.
+    An int8 layer becomes weight-only, a weight-only one float; each steps back once. Raises GateError
+    where nothing is left in the plan's precision.
     """
-    order = [one.name for one in plan.sensitivities]
+    kept: Mode = "w8" if plan.precision == "w8" else "int8"
+    left = [one.name for one in plan.sensitivities]
     while True:
         reached = truth.snr_db(build(plan))
         if min(reached.values()) >= gate_db:
             return plan, reached
         modes = {layer.name: layer.mode for layer in plan.layers}
-        mode: Mode = "int8" if "int8" in modes.values() else "w8"
-        left = [name for name in order if modes[name] == mode]
-        if not left or (mode == "w8" and plan.precision != "w8"):
+        if kept not in modes.values():
             raise GateError(
                 f"{plan.component} reaches {min(reached.values()):.1f} dB with nothing left in {plan.precision}",
                 f"the gate, {gate_db:g} dB at every noise level", "Lower --gate-db, or choose another --precision",
             )  # fmt: skip
-        for name in left[: _count(plan, left, modes, min(reached.values()), gate_db)]:
-            plan = plan.with_mode(name, "w8" if mode == "int8" else "float", f"gate of {gate_db:g} dB")
+        count = _count(plan, left, min(reached.values()), gate_db)
+        for name in left[:count]:
+            mode: Mode = "w8" if modes[name] == "int8" else "float"
+            plan = plan.with_mode(name, mode, f"gate of {gate_db:g} dB")
+        left = left[count:]
 
 
-def _count(plan: QuantPlan, left: Sequence[str], modes: dict[str, Mode], reached_db: float, gate_db: float) -> int:
+def _count(plan: QuantPlan, left: Sequence[str], reached_db: float, gate_db: float) -> int:
     """How many to step back now: what the layers' own errors foretell, at most a small share, at least one."""
     errors = {one.name: 10 ** (-one.snr_db / 10) for one in plan.sensitivities}
-    whole = sum(errors[name] for name, mode in modes.items() if mode != "float" and name in errors)
-    surplus = whole * (1 - 10 ** ((reached_db - gate_db) / 10))
+    surplus = sum(errors[name] for name in left) * (1 - 10 ** ((reached_db - gate_db) / 10))
     count = 0
     while surplus > 0 and count < len(left):
         surplus -= errors[left[count]]

@@ -83,12 +83,13 @@ def test_a_gate_steps_back_the_worst_layers_and_then_stops(whole, made):
     assert min(held.levels.values()) >= gate
     stepped = [layer.name for layer in held.plan.layers if layer.why.startswith("gate of")]
     assert stepped
-    able = {layer.name for layer in free.plan.layers if layer.mode == "int8"}
-    order = [one.name for one in held.plan.sensitivities if one.name in able]
+    order = [one.name for one in held.plan.sensitivities]
     assert set(stepped) == set(order[: len(stepped)])
-    assert held.plan.share_int8() < free.plan.share_int8()
     # Not one step further than needed, but for the stride.
-    assert len(stepped) < len(able)
+    assert len(stepped) < len(order)
+    modes = {layer.name: layer.mode for layer in free.plan.layers}
+    down = {"int8": "w8", "w8": "float"}
+    assert all(layer.mode == down[modes[layer.name]] for layer in held.plan.layers if layer.name in stepped)
 
 
 def test_a_gate_out_of_reach_says_so(whole):
@@ -110,9 +111,8 @@ def test_hybrid_and_weight_only_plans(whole):
 
 @pytest.mark.parametrize(
     ("name", "family", "vae"),
-    [("text_encoder", "sd1", "tiny"), ("text_encoder_2", "sdxl", "tiny"), ("vae_decoder", "sd1", "tiny"),
-     ("vae_decoder", "sd1", "full"), ("vae_encoder", "sd1", "full"), ("unet", "sdxl", "tiny"), ("unet", "lcm", "tiny"),
-     ("unet", "inpaint", "tiny"), ("unet", "sdxl_refiner", "tiny")],
+    [("text_encoder_2", "sdxl", "tiny"), ("vae_decoder", "sd1", "full"), ("vae_encoder", "sd1", "tiny"),
+     ("unet", "sdxl", "tiny"), ("unet", "inpaint", "tiny")],
 )  # fmt: skip
 def test_every_component_of_every_family(name, family, vae):
     one = component(name, family, vae)
