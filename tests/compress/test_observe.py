@@ -115,13 +115,14 @@ def test_the_best_grid_is_no_worse_than_the_whole_range(seed, tail):
     assert error(best) <= error(grid(low, high)) * 1.02
 
 
-def test_heavy_tails_are_clipped():
-    x = torch.randn(50_000, generator=torch.Generator().manual_seed(0)) ** 3
+def test_a_lone_outlier_is_clipped():
+    x = torch.rand(1_000_000, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    x[0] = 3.0
     low, high = float(x.min()), float(x.max())
     best, whole = best_grid(torch.histc(x, BINS, low, high), low, high), grid(low, high)
     errors = [float((on_grid(x, scale) - x).square().mean()) for scale in (best, whole)]
-    assert best.scale < 0.9 * whole.scale
-    assert errors[0] < 0.9 * errors[1]
+    assert best.scale < 0.7 * whole.scale
+    assert errors[0] < 0.7 * errors[1]
 
 
 def test_candidates_narrow_from_the_whole_range():
