@@ -132,7 +132,7 @@ class _Workers:
 
     def stage(self, what: str, weight_bytes: int, key: str, work: Callable[..., None], *args: Any) -> Path:
         """The folder of a stage, from the cache or made now by `work(*args, folder)` in a child."""
-        label = f"{self._target}: {what}"
+        label, made = f"{self._target}: {what}", []
 
         def make(folder: Path) -> None:
             if weight_bytes > OWN_CHILD_BYTES:
@@ -143,9 +143,12 @@ class _Workers:
                     self._shared = Child(memory_limit_bytes=self.limit_bytes)
                 ran = self._shared.run(work, *args, folder, label=label)
             self.peak_bytes = max(self.peak_bytes, ran.peak_bytes)
+            made.append(folder)
 
-        with _line(label):
-            return self._stages.run(key, make)
+        with _line(label) as notes:
+            place = self._stages.run(key, make)
+            notes += [] if made else ["cached"]
+        return place
 
 
 def child_limit(max_ram_bytes: int | None) -> int | None:
@@ -356,14 +359,14 @@ def _versions() -> dict[str, str]:
 
 
 @contextmanager
-def _line(label: str) -> Iterator[None]:
-    """A spinner while a stage runs and one line when it is done, on stderr."""
+def _line(label: str) -> Iterator[list[str]]:
+    """A spinner while a stage runs and one line when it is done, on stderr: what was noted of it, else its time."""
     from rich.console import Console
 
-    console, began = Console(stderr=True, highlight=False), time.perf_counter()
+    console, began, notes = Console(stderr=True, highlight=False), time.perf_counter(), list[str]()
     with console.status(f"{label} …") if sys.stderr.isatty() else _nothing():
-        yield
-    console.print(f"{label}  {time.perf_counter() - began:.1f} s")
+        yield notes
+    console.print(f"{label}  {', '.join(notes) if notes else f'{time.perf_counter() - began:.1f} s'}")
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from edgesd.errors import RequestError
 from edgesd.models.load import load
 from edgesd.runtime.generate import generate
 
-FAMILIES = ("sd2", "sdxl", "sdxl_refiner", "inpaint", "lcm")
+FAMILIES = ("sd1", "sd2", "sdxl", "sdxl_refiner", "inpaint", "lcm")
 PROMPT = "a red circle above a blue square on a white background"
 
 
@@ -53,7 +53,7 @@ def test_a_family_is_packaged_and_draws_as_the_reference(family, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("target", ["openvino", "onnx-web", "tflite"])
+@pytest.mark.parametrize("target", ["openvino", "onnx-web", "tflite", "coreml"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_family_goes_through_every_target(family, target, tmp_path):
     check_family(family, tmp_path, target)
