@@ -12,10 +12,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from edgesd import devices, targets
+from edgesd import devices, memory, targets
 from edgesd.errors import RequestError
-from edgesd.manifest import Axes
+from edgesd.manifest import Axes, Downgrade
 from edgesd.models.facts import safetensors_header
+from edgesd.models.session import PART_OF
 from edgesd.recipe import Recipe
 from edgesd.runtime.bank import read_prompts
 
@@ -23,18 +24,7 @@ if TYPE_CHECKING:
     from edgesd.models.load import Checkpoint
     from edgesd.targets import Target
 
-# Component -> the part of a checkpoint that it is made from, in the order of a run.
-PART_OF = {
-    "text_encoder": "text_encoder", "text_encoder_2": "text_encoder_2", "unet": "unet", "vae_decoder": "vae",
-    "vae_encoder": "vae",
-}  # fmt: skip
 WEIGHT_BYTES = {"fp32": 4, "fp16": 2, "int8": 1, "hybrid": 1, "w8": 1}
-# Peak of a converter's process: units of the component's float32 bytes, and what its libraries take before any weight.
-# Measured on the embedded model and on SD 1.5's architecture (docs/packaging.md); a new target starts at the largest.
-PEAK_FACTOR = {"onnx-web": 2.8, "openvino": 2.4, "tflite": 3.4, "coreml": 4.5}
-LIBRARIES_BYTES = {"onnx-web": 900 << 20, "openvino": 900 << 20, "tflite": 1600 << 20, "coreml": 1000 << 20}
-# The reference holds every part in float32 beside torch, diffusers and a picture's activations.
-REFERENCE_BYTES, REFERENCE_FACTOR = 1100 << 20, 1.15
 GRAPH_BYTES = 1 << 20  # what a file holds beside weights, about
 
 
@@ -61,7 +51,9 @@ class Planned:
 class BuildPlan:
     """One bundle to make, whole: what, where, and the samplers whose tables go in.
 
-    params: of the checkpoint's parts in memory. prompts: the only ones the bundle will know, () = any.
+    params: of the checkpoint's parts in memory, largest_params: of the largest. prompts: the only ones the bundle will
+    know, () = any. What `edgesd.memory.fit` decided: one_at_a_time (a process a stage, one part of the model in it),
+    downgrades, notes (what was decided, for people).
     """
 
     recipe: Recipe
@@ -71,6 +63,10 @@ class BuildPlan:
     samplers: tuple[str, ...]
     params: int = 0
     prompts: tuple[str, ...] = ()
+    largest_params: int = 0
+    one_at_a_time: bool = False
+    downgrades: tuple[Downgrade, ...] = ()
+    notes: tuple[str, ...] = ()
 
     @property
     def bytes(self) -> int:
@@ -84,10 +80,11 @@ class BuildPlan:
     @property
     def reference_peak_bytes(self) -> int:
         """Of the process that draws with the float32 reference, predicted."""
-        return REFERENCE_BYTES + int(REFERENCE_FACTOR * self.fp32_bytes)
+        return memory.reference_peak(self.largest_params if self.one_at_a_time else self.params)
 
     @property
     def peak_bytes(self) -> int:
+        """Of the largest process, predicted."""
         return max(self.reference_peak_bytes, *(p.peak_bytes for p in self.artefacts))
 
 
@@ -113,8 +110,10 @@ def make_plan(recipe: Recipe, checkpoint: Checkpoint, output: Path) -> BuildPlan
     if unknown := [name for name in samplers if name not in (*names(), "default")]:
         raise RequestError(f"sampler {unknown[0]!r}", ", ".join(names()), "edgesd samplers lists them")
     destination = output / f"{checkpoint.spec.name}-{recipe.target}.edgesd"
-    whole = sum(params.values())
-    plan = BuildPlan(recipe, checkpoint, destination, tuple(artefacts), samplers, whole, prompts)
+    parts = {part: sum(n for name, n in params.items() if PART_OF[name] == part) for part in checkpoint.parts}
+    plan = BuildPlan(
+        recipe, checkpoint, destination, tuple(artefacts), samplers, sum(parts.values()), prompts, max(parts.values())
+    )
     _refuse(plan, target)
     return plan
 
@@ -188,30 +187,12 @@ def _forms(target: Target, precision: str) -> tuple[str, ...]:
 
 def _predict(target: str, component: str, axes: Axes, params: int) -> Planned:
     share = math.ceil(params / axes.chunk[1])
-    peak = LIBRARIES_BYTES.get(target, max(LIBRARIES_BYTES.values())) + int(
-        PEAK_FACTOR.get(target, max(PEAK_FACTOR.values())) * params * 4
-    )
-    return Planned(component, axes, share, share * WEIGHT_BYTES[axes.precision] + GRAPH_BYTES, peak)
-
-
-def check_memory(plan: BuildPlan, limit_bytes: int) -> None:
-    """Raises RequestError when a process of the plan is predicted to need more than this."""
-    needed = {"the float32 reference": plan.reference_peak_bytes}
-    needed |= {f"{p.component} {p.axes.precision}": p.peak_bytes for p in plan.artefacts}
-    what, peak = max(needed.items(), key=lambda item: item[1])
-    if peak > limit_bytes:
-        gib = 1 << 30
-        raise RequestError(
-            f"{what} takes about {peak / gib:.1f} GiB to package for {plan.recipe.target} (predicted)",
-            f"--max-ram of {limit_bytes / gib:.1f} GiB",
-            f"Allow {math.ceil(peak / gib * 10) / 10:.1f} GiB, or choose a smaller model or --vae tiny",
-        )
+    size = share * WEIGHT_BYTES[axes.precision] + GRAPH_BYTES
+    return Planned(component, axes, share, size, memory.lowering_peak(target, axes.precision, params))
 
 
 def _refuse(plan: BuildPlan, target: Target) -> None:
     devices.find(plan.recipe.device_classes)
-    if plan.recipe.max_ram_bytes is not None:
-        check_memory(plan, plan.recipe.max_ram_bytes)
     limit = target.capabilities.max_component_bytes
     for planned in plan.artefacts:
         check = getattr(target, "check_plan", None)

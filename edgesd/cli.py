@@ -346,14 +346,16 @@ def _fail(message: str, code: int) -> int:
 
 
 def _system_error(error: OSError) -> str:
-    import errno
+    from edgesd.files import disk_errors
 
-    where = f" ({error.filename})" if error.filename else ""
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return f"no space left on the disk{where}; free some, or choose another place with -o"
-    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-        return f"no permission to write{where}; choose another place with -o"
-    return f"{error.strerror if error.strerror else error}{where}"
+    where = error.filename if error.filename is not None else "the output"
+    try:
+        with disk_errors(where, "Free some space, or choose another place with -o"):
+            raise error
+    except EdgesdError as told:
+        return str(told)
+    except OSError:
+        return f"{error.strerror if error.strerror else error} ({where})"
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
+import re
 import shutil
 import stat
 import sys
@@ -96,12 +97,16 @@ def disk_errors(place: Path | str, do: str) -> Iterator[None]:
     """Turns a full disk, and a file or folder closed to this user, into a SetupError; `do` says what helps."""
     try:
         yield
-    except OSError as error:
-        if error.errno in _FULL:
+    except Exception as error:
+        # Libraries written in Rust tell the system's error in words alone.
+        told = re.search(r"\(os error (\d+)\)", str(error))
+        number = error.errno if isinstance(error, OSError) else int(told[1]) if told is not None else None
+        if number in _FULL:
             raise SetupError(f"no space left on the disk while writing {place}", "room for all of it", do) from error
-        if error.errno in _DENIED:
-            where = error.filename if error.filename is not None else place
-            raise SetupError(f"{where} is closed to this user ({error.strerror})", "open access", do) from error
+        if number in _DENIED:
+            where = getattr(error, "filename", None)
+            where, why = place if where is None else where, os.strerror(number)
+            raise SetupError(f"{where} is closed to this user ({why})", "open access", do) from error
         raise
 
 
@@ -125,6 +130,17 @@ def remove(path: Path) -> None:
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
+
+
+def copy_tree(source: Path, folder: Path, skip: tuple[str, ...] = ()) -> None:
+    """Copies a folder's files into another but those whose name ends so; the first failure is its own OSError."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in sorted(source.rglob("*")):  # folders before what is in them
+        place = folder / path.relative_to(source)
+        if path.is_dir():
+            place.mkdir(exist_ok=True)
+        elif not path.name.endswith(skip):
+            shutil.copyfile(path, place)
 
 
 # ---- locks -----------------------------------------------------------------------------------------------------

@@ -42,6 +42,7 @@ class Packaged:
                 "path": str(plan.destination),
                 "predicted_bytes": plan.bytes,
                 "predicted_peak_bytes": plan.peak_bytes,
+                "notes": list(plan.notes),
                 "samplers": list(plan.samplers),
                 "artefacts": [
                     {"component": p.component, "folder": p.folder, "params": p.params, "predicted_bytes": p.bytes,
@@ -93,7 +94,7 @@ class Packaged:
         for plan in self.plans:
             rows = tuple((p.component, describe(p.axes), size(p.bytes), size(p.peak_bytes)) for p in plan.artefacts)
             note = f"{plan.destination}: about {size(plan.bytes)}; tables: {', '.join(plan.samplers)}"
-            note = "\n".join([note, *(fit.describe() for fit in _fits(plan))])
+            note = "\n".join([note, *plan.notes, *(fit.describe() for fit in _fits(plan))])
             columns = ("component", "variant", "size (predicted)", "peak memory (predicted)")
             sections.append(Section(f"{plan.recipe.target}, dry run: nothing was made", columns, rows, note))
         return sections

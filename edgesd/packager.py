@@ -7,7 +7,6 @@ are cached by what they depend on, so a killed run continues and a changed flag 
 from __future__ import annotations
 
 import json
-import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -17,10 +16,11 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from edgesd import bundle, golden, quantstages, targets
-from edgesd.buildplan import PART_OF, BuildPlan, Planned, make_plan
+from edgesd import bundle, golden, memory, quantstages, targets
+from edgesd.buildplan import BuildPlan, Planned, make_plan
 from edgesd.child import Child, in_child
 from edgesd.errors import GateError, RequestError
+from edgesd.files import copy_tree
 from edgesd.governing import ship_policies
 from edgesd.manifest import (
     Component,
@@ -32,10 +32,13 @@ from edgesd.manifest import (
     TensorSpec,
     Variant,
 )
+from edgesd.models.session import PART_OF
 from edgesd.packaged import Made, Packaged
 from edgesd.recipe import make_recipe
+from edgesd.sheet import size
 from edgesd.stages import Stages
 from edgesd.stages import key as stage_key
+from edgesd.validate import Report, note, validate
 
 OWN_CHILD_BYTES = 256 << 20  # float32 weights beyond which a stage gets a process of its own
 CACHE_BYTES = 20 << 30
@@ -61,7 +64,7 @@ def package_all(
     for name in wanted:
         targets.load(name, lowering=True)
     checkpoint = open_checkpoint(**recipes[0].model())
-    result = Packaged([make_plan(recipe, checkpoint, output) for recipe in recipes])
+    result = Packaged([memory.fit(make_plan(recipe, checkpoint, output)) for recipe in recipes])
     if dry_run:
         return result
     for plan in result.plans:
@@ -79,19 +82,21 @@ def package_all(
 def build(plan: BuildPlan, *, force: bool = False) -> Made:
     """Makes one bundle: lowers, records the truth, writes, measures, and ships it if it reaches its gate."""
     began = time.perf_counter()
+    for line in plan.notes:
+        print(f"{plan.recipe.target}: {line}", file=sys.stderr)
     with bundle.writing(plan.destination, force=force) as folder, _Workers(plan) as workers:
         truth = workers.stage("reference", plan.fp32_bytes, _truth_key(plan), _record_truth, plan)
-        _copy(truth / "files", folder)
+        copy_tree(truth / "files", folder)
         facts = json.loads((truth / "facts.json").read_text(encoding="utf-8"))
         variants: dict[str, list[Variant]] = {}
-        downgrades: list[Downgrade] = []
+        downgrades = list(plan.downgrades)
         scales = quantstages.prepare(plan, workers, LIBRARIES)
         for planned in plan.artefacts:
             key, quant = scales.get((planned.component, planned.axes.precision), (None, None))
             made = workers.stage(
                 planned.folder, planned.params * 4, _lower_key(plan, planned, key), _lower, plan, planned, quant, truth
             )
-            _copy(made / "files", folder / planned.folder)
+            copy_tree(made / "files", folder / planned.folder)
             variant, lost = _variant(planned, json.loads((made / "lowered.json").read_text(encoding="utf-8")))
             variants.setdefault(planned.component, []).append(variant)
             downgrades += lost
@@ -114,7 +119,7 @@ class _Workers:
     """Runs stages in children: small ones share one (imports cost seconds), a big one has its own and gives back."""
 
     def __init__(self, plan: BuildPlan) -> None:
-        self.peak_bytes = 0
+        self.peak_bytes, self._one_each = 0, plan.one_at_a_time
         self._target, self._stages = plan.recipe.target, Stages(limit_bytes=CACHE_BYTES)
         self._shared: Child | None = None
         self.limit_bytes = child_limit(plan.recipe.max_ram_bytes)
@@ -135,7 +140,7 @@ class _Workers:
         label, made = f"{self._target}: {what}", []
 
         def make(folder: Path) -> None:
-            if weight_bytes > OWN_CHILD_BYTES:
+            if self._one_each or weight_bytes > OWN_CHILD_BYTES:
                 self.close()
                 ran = in_child(work, *args, folder, label=label, memory_limit_bytes=self.limit_bytes)
             else:
@@ -143,11 +148,11 @@ class _Workers:
                     self._shared = Child(memory_limit_bytes=self.limit_bytes)
                 ran = self._shared.run(work, *args, folder, label=label)
             self.peak_bytes = max(self.peak_bytes, ran.peak_bytes)
-            made.append(folder)
+            made.append(ran.peak_bytes)
 
         with _line(label) as notes:
             place = self._stages.run(key, make)
-            notes += [] if made else ["cached"]
+            notes += [f"peak {size(made[0])}"] if made else ["cached"]
         return place
 
 
@@ -197,7 +202,7 @@ def _record_truth(plan: BuildPlan, folder: Path) -> None:
         for index, spec in enumerate(() if plan.prompts else plan.checkpoint.spec.tokenizers):
             (files / spec.file).parent.mkdir(parents=True, exist_ok=True)
             (files / spec.file).write_text(tokenizer_json(plan.checkpoint, index), encoding="utf-8")
-        truth = torch_pipeline(load_parts(plan.checkpoint))
+        truth = torch_pipeline(plan.checkpoint if plan.one_at_a_time else load_parts(plan.checkpoint))
         if plan.prompts:
             bank = prepare(truth, plan.prompts)
             truth = replace(truth, bank=bank, tokenizers=())
@@ -247,10 +252,6 @@ def _lower(plan: BuildPlan, planned: Planned, scales: Path | None, truth: Path, 
         "gate_db": owed,
     }
     (folder / "lowered.json").write_text(json.dumps(record), encoding="utf-8")
-
-
-def _copy(source: Path, folder: Path) -> None:
-    shutil.copytree(source, folder, dirs_exist_ok=True)
 
 
 # ---- manifest --------------------------------------------------------------------------------------------------
@@ -333,19 +334,23 @@ def _shipped_spec(plan: BuildPlan, facts: dict[str, Any]) -> ModelSpec:
 
 def _measured(plan: BuildPlan, folder: Path, manifest: Manifest, workers: _Workers) -> Manifest:
     """Runs the sealed bundle against its golden vectors in a child; the manifest with what came of it, or GateError."""
-    from edgesd import validate
-
     label = f"{plan.recipe.target}: validate"
-    with _line(label):
-        ran = in_child(validate.validate, folder, label=label, memory_limit_bytes=workers.limit_bytes)
+    with _line(label) as notes:
+        ran = in_child(_validate, folder, plan.one_at_a_time, label=label, memory_limit_bytes=workers.limit_bytes)
+        notes.append(f"peak {size(ran.peak_bytes)}")
     workers.peak_bytes = max(workers.peak_bytes, ran.peak_bytes)
-    report: validate.Report = ran.value
+    report: Report = ran.value
     if not report.passed:
         try:
             report.require()
         except GateError as error:
             raise GateError(error.came, error.allowed, f"Nothing was shipped. {error.do}") from None
-    return validate.note(manifest, report)
+    return note(manifest, report)
+
+
+def _validate(folder: Path, one_at_a_time: bool) -> Report:
+    """In a child: the bundle's report. one_at_a_time: opening a component lets go of the others."""
+    return validate(folder, one_at_a_time=True) if one_at_a_time else validate(folder)
 
 
 def _versions() -> dict[str, str]:
@@ -360,13 +365,14 @@ def _versions() -> dict[str, str]:
 
 @contextmanager
 def _line(label: str) -> Iterator[list[str]]:
-    """A spinner while a stage runs and one line when it is done, on stderr: what was noted of it, else its time."""
+    """A spinner while a stage runs and one line when it is done, on stderr: "cached", or time and notes."""
     from rich.console import Console
 
     console, began, notes = Console(stderr=True, highlight=False), time.perf_counter(), list[str]()
     with console.status(f"{label} …") if sys.stderr.isatty() else _nothing():
         yield notes
-    console.print(f"{label}  {', '.join(notes) if notes else f'{time.perf_counter() - began:.1f} s'}")
+    took = f"{time.perf_counter() - began:.1f} s"
+    console.print(f"{label}  {', '.join(notes) if 'cached' in notes else ', '.join([took, *notes])}")
 
 
 @contextmanager

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from edgesd.buildplan import PART_OF, BuildPlan, Planned
+from edgesd.buildplan import BuildPlan, Planned
+from edgesd.models.session import PART_OF
 from edgesd.runtime.session import Arrays, Session, Watched
 from edgesd.stages import key as stage_key
 

@@ -11,7 +11,7 @@ from edgesd.runtime.pipeline import Pipeline
 
 if TYPE_CHECKING:
     from edgesd.bundle import Bundle
-    from edgesd.models.load import LoadedModel
+    from edgesd.models.load import Checkpoint
     from edgesd.runtime.policy import Policy
     from edgesd.runtime.table import SamplerTable
 
@@ -115,10 +115,14 @@ def bundled_policy(bundle: Bundle, name: str) -> Policy:
     return policy
 
 
-def torch_pipeline(model: LoadedModel, **options: Any) -> Pipeline:
-    """The torch reference of a loaded checkpoint; tables are compiled when asked for."""
+def torch_pipeline(model: Checkpoint, **options: Any) -> Pipeline:
+    """The torch reference of a checkpoint; tables are compiled when asked for.
+
+    A loaded one is all in memory; of one that is not, a part at a time is.
+    """
     from edgesd.models.ingredients import tokenizer_json
-    from edgesd.models.session import TorchSession
+    from edgesd.models.load import LoadedModel
+    from edgesd.models.session import PartsSession, TorchSession
     from edgesd.runtime.tokenizer import PromptTokenizer
     from edgesd.sampling.compile import compile_table
 
@@ -128,7 +132,7 @@ def torch_pipeline(model: LoadedModel, **options: Any) -> Pipeline:
 
     return Pipeline(
         spec=model.spec,
-        session=TorchSession(model, **options),
+        session=TorchSession(model, **options) if isinstance(model, LoadedModel) else PartsSession(model),
         tokenizers=tuple(
             PromptTokenizer(tokenizer_json(model, index), spec) for index, spec in enumerate(model.spec.tokenizers)
         ),

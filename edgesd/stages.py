@@ -151,8 +151,8 @@ class Stages:
                 held -= entry.bytes
 
     def _sweep(self) -> None:
-        """Deletes half-made stages of dead processes; the living hold their lock."""
-        for half in [*self.folder.glob(".*.new"), *self.folder.glob(".*.old")]:
+        """Deletes half-made stages of dead processes, and their locks; the living hold theirs."""
+        for half in [path for mark in ("new", "old", "lock") for path in self.folder.glob(f".*.{mark}")]:
             place = self.folder / half.name[1:].rsplit(".", 1)[0]
             if not place.exists():
                 _discard(place)

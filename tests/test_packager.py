@@ -28,7 +28,7 @@ def reference():
     return sources.open_pipeline(None)
 
 
-@pytest.fixture(scope="session", params=["openvino", "onnx-web"])
+@pytest.fixture(scope="session", params=["openvino", "onnx-web", pytest.param("tflite", marks=pytest.mark.slow)])
 def made(request, tmp_path_factory):
     """A whole bundle of the embedded model, and what `package` said of it."""
     folder = tmp_path_factory.mktemp("packaged")
@@ -56,6 +56,26 @@ def test_a_bundle_draws_without_torch(made, tmp_path):
     )
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert ran.stdout.strip() == "(128, 128, 3)", ran.stderr
+
+
+MANY = """
+import json, sys, edgesd, psutil
+pipeline, held = edgesd.open_pipeline(sys.argv[1]), []
+for number in range(int(sys.argv[2])):
+    edgesd.generate(pipeline, f"a red circle above {number} blue squares", seed=number, num_inference_steps=4)
+    held.append(psutil.Process().memory_info().rss)
+print(json.dumps(held))
+"""
+
+
+@pytest.mark.parametrize("pictures", [30, pytest.param(200, marks=pytest.mark.slow)])
+def test_memory_is_flat_from_the_tenth_picture_on(made, pictures):
+    ran = subprocess.run([sys.executable, "-c", MANY, str(made[0]), str(pictures)], capture_output=True, text=True)
+    held = json.loads(ran.stdout)
+    assert len(held) == pictures, ran.stderr
+    drift = [value / held[9] - 1 for value in held[9:]]
+    print(f"\n{held[9] / 1e6:.1f} MB after 10 pictures, {min(drift):+.2%} to {max(drift):+.2%} up to {pictures}")
+    assert max(map(abs, drift)) <= 0.02
 
 
 def test_the_manifest_says_what_was_made_and_how_it_was_checked(made):

@@ -68,9 +68,27 @@ def check_family(family, tmp_path, target):
     assert manifest["model"]["family"] == {"inpaint": "sd1", "lcm": "sd1"}.get(family, family)
     assert ("text_encoder_2" in {c["name"] for c in manifest["components"]}) == family.startswith("sdxl")
     settings = {"num_inference_steps": 3, "sampler": sampler, "seed": 5}
-    ours, truth = (generate(sources.open_pipeline(str(p)), PROMPT, **settings)[0] for p in (bundle, source))
+    pipelines = [sources.open_pipeline(str(p)) for p in (bundle, source)]
+    ours, truth = (generate(p, PROMPT, **settings)[0] for p in pipelines)
     assert same(ours, truth)
     assert ours.image.std() > 2
+    mask = np.zeros(truth.image.shape[:2], np.float32)
+    mask[: len(mask) // 2] = 1
+    for task in ({"strength": 0.7}, {"strength": 1.0, "mask": mask}):
+        ours, again = (generate(p, "a green ring", image=truth.image, **task, **settings)[0] for p in pipelines)
+        assert same(ours, again)
+        assert not same(ours, truth)
+
+
+def test_a_refiners_bundle_draws_on_where_the_bases_stops(tmp_path):
+    folders = [tiny.folder(family, tmp_path / family) for family in ("sdxl", "sdxl_refiner")]
+    bundles = [package(folder, tmp_path, precision="fp32") for folder in folders]
+    drawn = []
+    for base, refiner in (bundles, folders):
+        base, refiner = sources.open_pipeline(str(base)), sources.open_pipeline(str(refiner))
+        options = {"num_inference_steps": 3, "sampler": "euler", "seed": 5, "refiner": refiner, "refiner_start": 0.5}
+        drawn.append(generate(base, PROMPT, **options)[0])
+    assert same(*drawn)
 
 
 def test_what_was_added_is_in_the_bundle_and_its_manifest(tmp_path):

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from edgesd.errors import RequestError
-from edgesd.files import disk_errors, locked, replacing
+from edgesd.files import copy_tree, disk_errors, locked, replacing
 from edgesd.models.load import LoadedModel
 from edgesd.models.weights import SIDECAR
 
@@ -53,10 +53,10 @@ def save_checkpoint(
             if (source / name).is_file():
                 shutil.copyfile(source / name, new / name)
         for folder in (source / "scheduler", *model.tokenizers):
-            shutil.copytree(folder, new / folder.name)
+            copy_tree(folder, new / folder.name)
         for part, folder in model.parts.items():
-            weights = shutil.ignore_patterns("*.safetensors*", "*.bin") if part in changed else None
-            shutil.copytree(folder, new / part, ignore=weights)
+            weights = (".safetensors", ".safetensors.index.json", ".bin") if part in changed else ()
+            copy_tree(folder, new / part, skip=weights)
         for part, module in changed.items():
             tensors = {k: v.detach().cpu().contiguous() for k, v in module.state_dict().items()}
             save_file(tensors, new / part / weights_name(part), metadata={"format": "pt"})

@@ -15,7 +15,13 @@ from edgesd.runtime.session import Arrays, no_width
 if TYPE_CHECKING:
     import torch
 
-    from edgesd.models.load import LoadedModel
+    from edgesd.models.load import Checkpoint, LoadedModel
+
+# Component -> the part of a checkpoint that it is made from, in the order of a run.
+PART_OF = {
+    "text_encoder": "text_encoder", "text_encoder_2": "text_encoder_2", "unet": "unet", "vae_decoder": "vae",
+    "vae_encoder": "vae",
+}  # fmt: skip
 
 
 class TorchSession:
@@ -41,7 +47,7 @@ class TorchSession:
             self._modules = {k: m.to(device, self._dtype) for k, m in model.modules.items()}
             cast = {w: m.to(device, self._dtype) for w, m in (narrow if narrow is not None else {}).items()}
         self._forward = forward(model.spec)
-        self._unets = {1.0: self._modules["unet"], **cast}
+        self._unets = ({1.0: self._modules["unet"]} if "unet" in self._modules else {}) | cast
         # Convolutions run in oneDNN's own layout; channels-last spares the reorders between them.
         for unet in self._unets.values():
             unet.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -94,6 +100,52 @@ class TorchSession:
     def _require(self, component: str) -> None:
         if not self.has(component):
             raise RequestError(f"component {component!r}", ", ".join(FORWARD), "Choose one of these")
+
+
+class PartsSession:
+    """The reference of a checkpoint on disk with one of its parts in memory at a time; that of the last call stays.
+
+    For machines that hold the UNet and not all of the model (`edgesd package --max-ram`).
+    """
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self._checkpoint, self._part = checkpoint, ""
+        self._session: TorchSession | None = None
+
+    def has(self, component: str) -> bool:
+        return PART_OF.get(component) in self._checkpoint.parts
+
+    def load(self, component: str) -> None:
+        self._opened(component)
+
+    def unload(self, component: str) -> None:
+        if self._part == PART_OF.get(component):
+            self._part, self._session = "", None
+
+    def batches(self, component: str) -> tuple[int, ...] | None:
+        """None: any number of rows a call."""
+        return None
+
+    def widths(self, component: str) -> tuple[float, ...]:
+        return (1.0,)
+
+    def use_width(self, component: str, width: float) -> None:
+        if width != 1.0:
+            raise no_width(component, width, (1.0,))
+
+    def run(self, component: str, inputs: Arrays) -> dict[str, np.ndarray]:
+        return self._opened(component).run(component, inputs)
+
+    def _opened(self, component: str) -> TorchSession:
+        from edgesd.models.load import load_parts
+
+        if not self.has(component):
+            raise RequestError(f"component {component!r}", ", ".join(FORWARD), "Choose one of these")
+        part = PART_OF[component]
+        if self._session is None or part != self._part:
+            self._part, self._session = part, None  # let go before the next is read
+            self._session = TorchSession(load_parts(self._checkpoint, [part]))
+        return self._session
 
 
 Tensors = dict[str, "torch.Tensor"]

@@ -1,0 +1,103 @@
+"""A build within --max-ram: what is given up for memory, in which order, and what cannot be made so.
+
+Time first: every stage gets a process of its own (the libraries load anew each time), and the reference and the
+validation hold one part of the model at once. Then flavours that a target would make of its own accord, as a downgrade
+that the manifest records. What was asked for by name is never left out: such a plan is refused instead.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from edgesd.errors import RequestError
+from edgesd.manifest import Downgrade
+
+if TYPE_CHECKING:
+    from edgesd.buildplan import BuildPlan, Planned
+
+# Peak of a converter's process: units of the component's float32 bytes, and what its libraries take before any weight.
+# Measured on the embedded model and on SD 1.5's architecture (docs/packaging.md); a new target starts at the largest.
+PEAK_FACTOR = {
+    ("onnx-web", "fp32"): 2.8, ("onnx-web", "fp16"): 2.8, ("openvino", "fp32"): 2.4, ("openvino", "fp16"): 2.4,
+    ("tflite", "fp32"): 3.4, ("tflite", "fp16"): 3.4, ("coreml", "fp32"): 4.5, ("coreml", "fp16"): 4.5,
+}  # fmt: skip
+LIBRARIES_BYTES = {"onnx-web": 900 << 20, "openvino": 900 << 20, "tflite": 1600 << 20, "coreml": 1000 << 20}
+# The reference holds its parts in float32 beside torch, diffusers and a picture's activations.
+REFERENCE_BYTES, REFERENCE_FACTOR = 1100 << 20, 1.15
+OWN_BYTES = 500 << 20  # this process beside its children: configs read, shapes counted
+GIB = 1 << 30
+
+
+def lowering_peak(target: str, precision: str, params: int) -> int:
+    """Bytes that the process which lowers a component of so many parameters holds at most, predicted."""
+    factor = PEAK_FACTOR.get((target, precision), max(PEAK_FACTOR.values()))
+    return LIBRARIES_BYTES.get(target, max(LIBRARIES_BYTES.values())) + int(factor * params * 4)
+
+
+def reference_peak(params: int) -> int:
+    """The same of the process that draws with the float32 reference. params: of what it holds at once."""
+    return REFERENCE_BYTES + int(REFERENCE_FACTOR * params * 4)
+
+
+def fit(plan: BuildPlan) -> BuildPlan:
+    """The plan as it is made within its recipe's max_ram_bytes; itself without one, or where it fits.
+
+    Raises RequestError with the smallest limit that would do. All figures are predicted.
+    """
+    limit = plan.recipe.max_ram_bytes
+    if limit is None or needed(plan) <= limit:
+        return plan
+    for smaller in _smaller(plan, limit):
+        if needed(smaller) <= limit:
+            return smaller
+    least = min(map(needed, _smaller(plan, 0)))
+    what, peak = max(_processes(replace(plan, one_at_a_time=True)), key=lambda process: process[1])
+    raise RequestError(
+        f"{what} takes about {(peak + OWN_BYTES) / GIB:.1f} GiB to package for {plan.recipe.target} (predicted)",
+        f"--max-ram of {limit / GIB:.1f} GiB",
+        f"Allow {math.ceil(least / GIB * 10) / 10:.1f} GiB, or choose a smaller model or --vae tiny",
+    )
+
+
+def needed(plan: BuildPlan) -> int:
+    """Bytes that a build holds at most, this process and the largest of its children together; predicted."""
+    return OWN_BYTES + plan.peak_bytes
+
+
+def _processes(plan: BuildPlan) -> Iterator[tuple[str, int]]:
+    yield "the float32 reference", plan.reference_peak_bytes
+    for planned in plan.artefacts:
+        yield f"{planned.component} {planned.axes.precision}", planned.peak_bytes
+
+
+def _smaller(plan: BuildPlan, limit: int) -> Iterator[BuildPlan]:
+    """The same build in less memory, what it gives up growing."""
+    shown = f"--max-ram of {limit / GIB:.1f} GiB"
+    plan = replace(
+        plan, one_at_a_time=True,
+        notes=(*plan.notes, f"{shown}: a process for each stage, one part of the model in memory at a time"),
+    )  # fmt: skip
+    yield plan
+    if plan.recipe.precision is not None or plan.recipe.forms:
+        return
+    peaks: dict[tuple[str, str], int] = {}
+    for planned in plan.artefacts:
+        peaks[_flavour(planned)] = max(peaks.get(_flavour(planned), 0), planned.peak_bytes)
+    for flavour in sorted(peaks, key=lambda each: -peaks[each])[:-1]:  # one always stays
+        kept = tuple(p for p in plan.artefacts if _flavour(p) != flavour)
+        if {p.component for p in kept} != {p.component for p in plan.artefacts}:
+            return  # only this flavour has the component
+        name = " ".join(filter(None, flavour))
+        why = f"it takes about {(peaks[flavour] + OWN_BYTES) / GIB:.1f} GiB to make, beyond {shown}"
+        plan = replace(
+            plan, artefacts=kept, downgrades=(*plan.downgrades, Downgrade(component="all", what=f"no {name}", why=why)),
+            notes=(*plan.notes, f"left out: {name}, because {why}"),
+        )  # fmt: skip
+        yield plan
+
+
+def _flavour(planned: Planned) -> tuple[str, str]:
+    return planned.axes.precision, planned.axes.form
