@@ -51,9 +51,9 @@ class Planned:
 class BuildPlan:
     """One bundle to make, whole: what, where, and the samplers whose tables go in.
 
-    params: of the checkpoint's parts in memory, largest_params: of the largest. prompts: the only ones the bundle will
-    know, () = any. What `edgesd.memory.fit` decided: one_at_a_time (a process a stage, one part of the model in it),
-    downgrades, notes (what was decided, for people).
+    params: of the checkpoint's parts in memory, largest_params: of the largest; stored_bytes: of the largest's files.
+    prompts: the only ones the bundle will know, () = any. What `edgesd.memory.fit` decided: one_at_a_time (a process a
+    stage, one part of the model in it), downgrades, notes (what was decided, for people).
     """
 
     recipe: Recipe
@@ -64,6 +64,7 @@ class BuildPlan:
     params: int = 0
     prompts: tuple[str, ...] = ()
     largest_params: int = 0
+    stored_bytes: int = 0
     one_at_a_time: bool = False
     downgrades: tuple[Downgrade, ...] = ()
     notes: tuple[str, ...] = ()
@@ -80,7 +81,7 @@ class BuildPlan:
     @property
     def reference_peak_bytes(self) -> int:
         """Of the process that draws with the float32 reference, predicted."""
-        return memory.reference_peak(self.largest_params if self.one_at_a_time else self.params)
+        return memory.reference_peak(self.largest_params if self.one_at_a_time else self.params, self.stored_bytes)
 
     @property
     def peak_bytes(self) -> int:
@@ -112,8 +113,9 @@ def make_plan(recipe: Recipe, checkpoint: Checkpoint, output: Path) -> BuildPlan
     destination = output / f"{checkpoint.spec.name}-{recipe.target}.edgesd"
     parts = {part: sum(n for name, n in params.items() if PART_OF[name] == part) for part in checkpoint.parts}
     plan = BuildPlan(
-        recipe, checkpoint, destination, tuple(artefacts), samplers, sum(parts.values()), prompts, max(parts.values())
-    )
+        recipe, checkpoint, destination, tuple(artefacts), samplers, sum(parts.values()), prompts, max(parts.values()),
+        max(sum(path.stat().st_size for path in _files(folder)) for folder in checkpoint.parts.values()),
+    )  # fmt: skip
     _refuse(plan, target)
     return plan
 
@@ -228,10 +230,14 @@ def _belongs(component: str, tensor: str) -> bool:
 
 
 def _tensors(folder: Path) -> list[tuple[str, int]]:
-    """(name, elements) of every tensor in a part's weights; one set of files where several precisions lie there."""
+    """(name, elements) of every tensor in a part's weights."""
+    return [
+        (name, math.prod(entry["shape"])) for path in _files(folder) for name, entry in safetensors_header(path).items()
+    ]
+
+
+def _files(folder: Path) -> list[Path]:
+    """A part's weights; one set of files where several precisions lie there."""
     files = sorted(folder.glob("*.safetensors"))
     plain = [f for f in files if ".fp16." not in f.name and ".non_ema." not in f.name]
-    found: list[tuple[str, int]] = []
-    for path in plain if plain else files:
-        found += [(name, math.prod(entry["shape"])) for name, entry in safetensors_header(path).items()]
-    return found
+    return plain if plain else files

@@ -25,8 +25,7 @@ PEAK_FACTOR = {
     ("tflite", "fp32"): 3.4, ("tflite", "fp16"): 3.4, ("coreml", "fp32"): 4.5, ("coreml", "fp16"): 4.5,
 }  # fmt: skip
 LIBRARIES_BYTES = {"onnx-web": 900 << 20, "openvino": 900 << 20, "tflite": 1600 << 20, "coreml": 1000 << 20}
-# The reference holds its parts in float32 beside torch, diffusers and a picture's activations.
-REFERENCE_BYTES, REFERENCE_FACTOR = 1100 << 20, 1.15
+REFERENCE_BYTES = 1100 << 20  # torch, diffusers, a picture's activations
 OWN_BYTES = 500 << 20  # this process beside its children: configs read, shapes counted
 GIB = 1 << 30
 
@@ -37,9 +36,10 @@ def lowering_peak(target: str, precision: str, params: int) -> int:
     return LIBRARIES_BYTES.get(target, max(LIBRARIES_BYTES.values())) + int(factor * params * 4)
 
 
-def reference_peak(params: int) -> int:
-    """The same of the process that draws with the float32 reference. params: of what it holds at once."""
-    return REFERENCE_BYTES + int(REFERENCE_FACTOR * params * 4)
+def reference_peak(params: int, stored_bytes: int) -> int:
+    """The same of the process that draws with the float32 reference. params: of what it holds at once; stored_bytes: of
+    the largest part's files, mapped while they are read."""
+    return REFERENCE_BYTES + params * 4 + stored_bytes
 
 
 def fit(plan: BuildPlan) -> BuildPlan:
