@@ -140,6 +140,8 @@ def _signal(pid, number):
 
 def kill_at_many_moments(kind, moments, folder):
     packager = Packager(kind, folder)
+    assert packager.start(1).wait() == 0, packager.log.read_text()  # the old bundle; files and imports are warm now
+    shutil.rmtree(folder / "cache" / "stages")
     began = time.perf_counter()
     assert packager.start(1).wait() == 0, packager.log.read_text()
     fresh_s, fresh = time.perf_counter() - began, packager.lines()
@@ -180,12 +182,12 @@ def test_package_is_killed_at_50_moments(tmp_path):
     kill_at_many_moments(Spawned, 50, tmp_path)
 
 
-@pytest.mark.parametrize("after", [0, 1, 3, 5])
+@pytest.mark.parametrize("after", [1, 5])
 def test_ctrl_c_keeps_the_old_bundle_and_what_was_finished(after, tmp_path):
     packager = Packager(Forked, tmp_path)
     assert packager.start(1).wait() == 0
     shutil.rmtree(tmp_path / "cache" / "stages")
-    code = packager.stop(2, after, 0.3 if after == 0 else 0.0, signal.SIGINT)
+    code = packager.stop(2, after, 0.0, signal.SIGINT)
     assert code == 130, packager.log.read_text()
     assert packager.log.read_text().splitlines()[-1].startswith("edgesd: interrupted")
     assert "Traceback" not in packager.log.read_text()
