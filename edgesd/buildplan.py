@@ -81,7 +81,8 @@ class BuildPlan:
     @property
     def reference_peak_bytes(self) -> int:
         """Of the process that draws with the float32 reference, predicted."""
-        return memory.reference_peak(self.largest_params if self.one_at_a_time else self.params, self.stored_bytes)
+        held = self.largest_params if self.one_at_a_time else self.params
+        return memory.reference_peak(held, self.stored_bytes, math.prod(self.checkpoint.spec.defaults.size_px))
 
     @property
     def peak_bytes(self) -> int:
@@ -190,7 +191,8 @@ def _forms(target: Target, precision: str) -> tuple[str, ...]:
 def _predict(target: str, component: str, axes: Axes, params: int) -> Planned:
     share = math.ceil(params / axes.chunk[1])
     size = share * WEIGHT_BYTES[axes.precision] + GRAPH_BYTES
-    return Planned(component, axes, share, size, memory.lowering_peak(target, axes.precision, params))
+    pixels = math.prod(axes.size_px) if component.startswith("vae") else 0
+    return Planned(component, axes, share, size, memory.lowering_peak(target, axes.precision, params, pixels))
 
 
 def _refuse(plan: BuildPlan, target: Target) -> None:

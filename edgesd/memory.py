@@ -25,21 +25,26 @@ PEAK_FACTOR = {
     ("tflite", "fp32"): 3.4, ("tflite", "fp16"): 3.4, ("coreml", "fp32"): 4.5, ("coreml", "fp16"): 4.5,
 }  # fmt: skip
 LIBRARIES_BYTES = {"onnx-web": 900 << 20, "openvino": 900 << 20, "tflite": 1600 << 20, "coreml": 1000 << 20}
-REFERENCE_BYTES = 1100 << 20  # torch, diffusers, a picture's activations
+REFERENCE_BYTES = 700 << 20  # torch, diffusers
+PIXEL_BYTES = 4096  # what a full VAE's activations take for each pixel of the picture
 OWN_BYTES = 500 << 20  # this process beside its children: configs read, shapes counted
 GIB = 1 << 30
 
 
-def lowering_peak(target: str, precision: str, params: int) -> int:
-    """Bytes that the process which lowers a component of so many parameters holds at most, predicted."""
+def lowering_peak(target: str, precision: str, params: int, pixels: int) -> int:
+    """Bytes that the process which lowers a component of so many parameters holds at most, predicted.
+
+    pixels: of the picture for a VAE, 0 for what never sees one (the UNet's activations are in the factors).
+    """
     factor = PEAK_FACTOR.get((target, precision), max(PEAK_FACTOR.values()))
-    return LIBRARIES_BYTES.get(target, max(LIBRARIES_BYTES.values())) + int(factor * params * 4)
+    libraries = LIBRARIES_BYTES.get(target, max(LIBRARIES_BYTES.values()))
+    return libraries + int(factor * params * 4) + PIXEL_BYTES * pixels
 
 
-def reference_peak(params: int, stored_bytes: int) -> int:
+def reference_peak(params: int, stored_bytes: int, pixels: int) -> int:
     """The same of the process that draws with the float32 reference. params: of what it holds at once; stored_bytes: of
     the largest part's files, mapped while they are read."""
-    return REFERENCE_BYTES + params * 4 + stored_bytes
+    return REFERENCE_BYTES + params * 4 + stored_bytes + PIXEL_BYTES * pixels
 
 
 def fit(plan: BuildPlan) -> BuildPlan:
