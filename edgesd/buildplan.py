@@ -192,7 +192,7 @@ def _predict(target: str, component: str, axes: Axes, params: int) -> Planned:
     share = math.ceil(params / axes.chunk[1])
     size = share * WEIGHT_BYTES[axes.precision] + GRAPH_BYTES
     pixels = math.prod(axes.size_px) if component.startswith("vae") else 0
-    return Planned(component, axes, share, size, memory.lowering_peak(target, axes.precision, params, pixels))
+    return Planned(component, axes, share, size, memory.lowering_peak(target, params, pixels))
 
 
 def _refuse(plan: BuildPlan, target: Target) -> None:

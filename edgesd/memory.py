@@ -20,10 +20,7 @@ if TYPE_CHECKING:
 
 # Peak of a converter's process: units of the component's float32 bytes, and what its libraries take before any weight.
 # Measured on the embedded model and on SD 1.5's architecture (docs/packaging.md); a new target starts at the largest.
-PEAK_FACTOR = {
-    ("onnx-web", "fp32"): 2.8, ("onnx-web", "fp16"): 2.8, ("openvino", "fp32"): 2.4, ("openvino", "fp16"): 2.4,
-    ("tflite", "fp32"): 3.4, ("tflite", "fp16"): 3.4, ("coreml", "fp32"): 4.5, ("coreml", "fp16"): 4.5,
-}  # fmt: skip
+PEAK_FACTOR = {"onnx-web": 2.8, "openvino": 2.4, "tflite": 3.4, "coreml": 4.5}
 LIBRARIES_BYTES = {"onnx-web": 900 << 20, "openvino": 900 << 20, "tflite": 1600 << 20, "coreml": 1000 << 20}
 REFERENCE_BYTES = 700 << 20  # torch, diffusers
 PIXEL_BYTES = 4096  # what a full VAE's activations take for each pixel of the picture
@@ -31,12 +28,12 @@ OWN_BYTES = 500 << 20  # this process beside its children: configs read, shapes 
 GIB = 1 << 30
 
 
-def lowering_peak(target: str, precision: str, params: int, pixels: int) -> int:
+def lowering_peak(target: str, params: int, pixels: int) -> int:
     """Bytes that the process which lowers a component of so many parameters holds at most, predicted.
 
     pixels: of the picture for a VAE, 0 for what never sees one (the UNet's activations are in the factors).
     """
-    factor = PEAK_FACTOR.get((target, precision), max(PEAK_FACTOR.values()))
+    factor = PEAK_FACTOR.get(target, max(PEAK_FACTOR.values()))
     libraries = LIBRARIES_BYTES.get(target, max(LIBRARIES_BYTES.values()))
     return libraries + int(factor * params * 4) + PIXEL_BYTES * pixels
 
