@@ -1,0 +1,46 @@
+import { createHash } from "node:crypto";
+import { readdirSync, readFileSync } from "node:fs";
+import { join } from "node:path";
+import { defineConfig, type Plugin } from "vite";
+
+/** Headers that WebAssembly threads need: the page shares memory with its workers. */
+const isolated = { "Cross-Origin-Opener-Policy": "same-origin", "Cross-Origin-Embedder-Policy": "require-corp" };
+
+/** Writes the built files' names into the service worker, so that the page works offline after its first visit. */
+function offline(): Plugin {
+  return {
+    name: "offline",
+    apply: "build",
+    writeBundle(options, files) {
+      const folder = options.dir as string;
+      // WebGPU's runtime is large and not everybody's: it is kept when it is first used.
+      const names = ["./", ...Object.keys(files).filter((name) => !name.includes("asyncify") && !name.endsWith(".map") && name !== "index.html")];
+      const worker = join(folder, "sw.js");
+      const digest = createHash("sha256").update(names.join() + readFileSync(join(folder, "index.html"))).digest("hex").slice(0, 12);
+      const text = readFileSync(worker, "utf8").replace('"__VERSION__"', JSON.stringify(digest)).replace('"__FILES__"', JSON.stringify(names));
+      this.info(`offline: ${names.length} files, ${readdirSync(folder).length} at the top`);
+      void import("node:fs").then((fs) => fs.writeFileSync(worker, text));
+    },
+  };
+}
+
+export default defineConfig(({ mode }) =>
+  mode === "lib"
+    ? {
+        build: {
+          outDir: "lib", emptyOutDir: true, minify: false, target: "es2023",
+          lib: { entry: "src/runtime/index.ts", formats: ["es"], fileName: "index" },
+          rollupOptions: { external: [/^onnxruntime-web/, "@huggingface/tokenizers", "hash-wasm"] },
+        },
+        publicDir: false,
+      }
+    : {
+        base: "./",
+        build: { target: "es2023", assetsInlineLimit: 0, chunkSizeWarningLimit: 1024 },
+        worker: { format: "es" },
+        server: { headers: isolated },
+        preview: { headers: isolated },
+        plugins: [offline()],
+        test: { testTimeout: 20_000, hookTimeout: 120_000 },
+      },
+);
