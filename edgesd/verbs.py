@@ -1,4 +1,4 @@
-"""Verbs beyond the main path: calibrate, prune, policy, report, simulate. `edgesd.cli` registers them."""
+"""Verbs beyond the main path: calibrate, prune, policy, report, serve, simulate. `edgesd.cli` registers them."""
 
 from __future__ import annotations
 
@@ -130,8 +130,20 @@ def prune(
     show(*pair(made, as_json))
 
 
+def serve(
+    bundle: Path,
+    port: Annotated[int, typer.Option("--port", min=0, max=65535, help="0 takes any free one.")] = 8080,
+    host: Annotated[str, typer.Option("--host", help="Other machines see the page only over https.")] = "127.0.0.1",
+    page: Annotated[Path | None, typer.Option("--page", help="Folder of the built page; found if left out.")] = None,
+) -> None:
+    """Open an onnx-web bundle in a browser: page and bundle on localhost, until Ctrl-C."""
+    from edgesd import serve as room
+
+    room.serve(bundle, host, port, page)
+
+
 def register(app: typer.Typer) -> None:
     """Adds these verbs to the command line."""
-    for verb in (calibrate, prune, report, simulate):
+    for verb in (calibrate, prune, report, simulate, serve):
         app.command()(verb)
     app.add_typer(policy_app, name="policy")

@@ -1,6 +1,6 @@
 """Writes the JSON Schemas that the TypeScript readers follow: manifest, policy, golden facts. Needs edgesd alone.
 
-    python web_demo/scripts/schemas.py && npm --prefix web_demo run generate
+python web_demo/scripts/schemas.py && npm --prefix web_demo run generate
 """
 
 from __future__ import annotations
