@@ -1,7 +1,9 @@
 import { createHash } from "node:crypto";
 import { readdirSync, readFileSync } from "node:fs";
 import { join } from "node:path";
-import { defineConfig, type Plugin } from "vite";
+import { defineConfig, type ViteUserConfig } from "vitest/config";
+
+type Plugin = Exclude<NonNullable<ViteUserConfig["plugins"]>[number], false | null | undefined | unknown[] | Promise<unknown>>;
 
 /** Headers that WebAssembly threads need: the page shares memory with its workers. */
 const isolated = { "Cross-Origin-Opener-Policy": "same-origin", "Cross-Origin-Embedder-Policy": "require-corp" };
@@ -24,6 +26,10 @@ function offline(): Plugin {
   };
 }
 
+const { version } = JSON.parse(readFileSync(new URL("package.json", import.meta.url), "utf8")) as { version: string };
+// ONNX Runtime's own modules stay as they are, beside the page: its threads start from them.
+const resolve = { conditions: ["onnxruntime-web-use-extern-wasm", "module", "browser", "development|production"] };
+
 export default defineConfig(({ mode }) =>
   mode === "lib"
     ? {
@@ -36,6 +42,8 @@ export default defineConfig(({ mode }) =>
       }
     : {
         base: "./",
+        define: { __VERSION__: JSON.stringify(version) },
+        resolve,
         build: { target: "es2023", assetsInlineLimit: 0, chunkSizeWarningLimit: 1024 },
         worker: { format: "es" },
         server: { headers: isolated },

@@ -1,0 +1,4 @@
+declare module "onnxruntime-web/*?url" {
+  const address: string;
+  export default address;
+}
