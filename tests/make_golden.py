@@ -16,10 +16,12 @@ from pathlib import Path
 
 import numpy as np
 from manifest_cases import manifests_json
+from PIL import Image
 from policy_cases import policy_json
 from samplers import SD, model
 from token_cases import tokens_json
 
+from edgesd.runtime import image as images
 from edgesd.runtime.loop import run
 from edgesd.runtime.noise import MAX_SEED, Philox, Purpose, TorchNoise
 from edgesd.runtime.state import add_noise, bridge, init_latents
@@ -162,10 +164,29 @@ def grid_json() -> dict:
     }  # fmt: skip
 
 
+def images_json() -> dict:
+    """A small picture through what every runtime does to pictures: resizing, floats, masks."""
+    pixels = np.random.RandomState(7).randint(0, 256, (9, 13, 3)).astype(np.uint8)
+    filters = {"lanczos": Image.Resampling.LANCZOS, "bilinear": Image.Resampling.BILINEAR}
+    sizes = [(4, 3, "lanczos"), (13, 5, "lanczos"), (30, 40, "lanczos"), (6, 9, "lanczos"), (26, 18, "bilinear")]
+    resized = [
+        {"width": width, "height": height, "filter": name,
+         "data": list(Image.fromarray(pixels).resize((width, height), filters[name]).tobytes())}
+        for width, height, name in sizes
+    ]  # fmt: skip
+    floats = images.to_float(pixels)
+    grey = np.asarray(Image.fromarray(pixels).convert("L"), np.float32) / np.float32(255)
+    rounded = images.to_uint8((1.3 * floats.astype(np.float64) + 0.01).astype(np.float32))
+    return {"command": COMMAND, "picture": {"width": 13, "height": 9, "data": list(pixels.tobytes())},
+            "resized": resized, "floats": numbers(floats.ravel()), "rounded": list(rounded.tobytes()),
+            "mask": [int(value >= 0.5) for value in grey.ravel()]}  # fmt: skip
+
+
 # Every file of FOLDER, by its name without .json.
 FILES: dict[str, Callable[[], dict]] = {
     "noise": noise_json, "sampling": sampling_json, "grid": grid_json, "policy": lambda: policy_json(COMMAND),
     "tokens": lambda: tokens_json(COMMAND), "manifests": lambda: manifests_json(COMMAND),
+    "images": images_json,
 }  # fmt: skip
 
 

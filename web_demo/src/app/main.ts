@@ -77,13 +77,30 @@ function showNumbers(): void {
   byId("battery-shown").textContent = `${input("battery").value} %`;
 }
 
+/** What the sensors say where they are asked, what the sliders say otherwise. */
 function device(): Partial<DeviceState> {
-  const measured = sensors?.read() ?? {};
+  const asked = input("measured").checked;
+  const measured = asked ? sensors?.read() : undefined;
   return {
     ...measured,
-    ...(sensors?.has.battery !== true && { battery: input("battery").valueAsNumber / 100, charging: input("charging").checked }),
-    ...(sensors?.has.thermal !== true && { thermal: select("thermal").value as Thermal }),
+    ...(!(asked && sensors?.has.battery) && { battery: input("battery").valueAsNumber / 100, charging: input("charging").checked }),
+    ...(!(asked && sensors?.has.thermal) && { thermal: select("thermal").value as Thermal }),
   };
+}
+
+function showSensors(): void {
+  const asked = input("measured").checked;
+  const [battery, thermal] = [asked && sensors?.has.battery === true, asked && sensors?.has.thermal === true];
+  const source = (known: boolean): string => (known ? "(measured)" : asked ? "(not measured here: say it)" : "(as you say)");
+  byId("battery-source").textContent = source(battery);
+  byId("thermal-source").textContent = source(thermal);
+  for (const id of ["battery", "charging"]) input(id).disabled = battery;
+  select("thermal").disabled = thermal;
+  byId("measured-field").hidden = sensors !== null && !sensors.has.battery && !sensors.has.thermal;
+  const now = asked ? sensors?.read() : undefined;
+  if (battery && now?.battery != null) input("battery").value = String(Math.round(now.battery * 100));
+  if (battery) input("charging").checked = now?.charging === true;
+  if (thermal && now?.thermal !== undefined) select("thermal").value = now.thermal;
 }
 
 function policyName(): string | null {
@@ -91,6 +108,7 @@ function policyName(): string | null {
 }
 
 function tellDevice(): void {
+  showSensors();
   showNumbers();
   if (policyName() === null) byId("decision").textContent = "";
   const { prompt: _prompt, ...rest } = settings();
@@ -278,7 +296,7 @@ button("selftest").onclick = () => {
 button("clear").onclick = () => say({ type: "clear" });
 for (const id of ["form", "threads", "frugal", "precision"]) byId(id).onchange = openBundle;
 select("sampler").onchange = () => setSteps(Number(byId("steps-shown").textContent));
-for (const id of ["steps", "guidance", "battery", "charging", "thermal", "policy", "width", "sampler"]) byId(id).addEventListener("input", tellDevice);
+for (const id of ["steps", "guidance", "battery", "charging", "thermal", "measured", "policy", "width", "sampler"]) byId(id).addEventListener("input", tellDevice);
 document.addEventListener("keydown", (event) => {
   if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) byId<HTMLFormElement>("settings").requestSubmit();
   if (event.key === "Escape" && !button("cancel").disabled) say({ type: "cancel" });
@@ -286,11 +304,7 @@ document.addEventListener("keydown", (event) => {
 
 async function begins(): Promise<void> {
   sensors = await browserSensors(tellDevice);
-  byId("battery-source").textContent = sensors.has.battery ? "(measured)" : "(not measured here)";
-  byId("thermal-source").textContent = sensors.has.thermal ? "(measured)" : "(not measured here)";
-  for (const id of ["battery", "charging"]) input(id).disabled = sensors.has.battery;
-  select("thermal").disabled = sensors.has.thermal;
-  if (sensors.has.battery) input("battery").value = String(Math.round((sensors.read().battery ?? 1) * 100));
+  showSensors();
   openBundle();
   if ("serviceWorker" in navigator && import.meta.env.PROD) await navigator.serviceWorker.register("./sw.js");
 }

@@ -29,7 +29,7 @@ export interface Schema {
   properties?: Record<string, Schema>;
   required?: string[];
   additionalProperties?: boolean | Schema;
-  propertyNames?: Schema;
+  patternProperties?: Record<string, Schema>;
   items?: Schema;
   prefixItems?: Schema[];
   minItems?: number;
@@ -222,12 +222,15 @@ function object(root: Schema, schema: Schema, raw: Raw, where: string): Json {
     else if (inner.type === "array") made[name] = [];
   }
   for (const [name, value] of raw) {
-    if (name in properties && Object.hasOwn(properties, name)) continue;
-    if (schema.additionalProperties === false) throw wrong(`${where}.${shortly(name)}`, "not known");
-    if (schema.propertyNames?.pattern !== undefined) text(schema.propertyNames, name, `${where}.${shortly(name)}`);
-    const put = (made_: Json): unknown =>
-      Object.defineProperty(made, name, { value: made_, enumerable: true, writable: true, configurable: true });
-    if (schema.additionalProperties === true) put(plain(value));
+    if (Object.hasOwn(properties, name)) continue;
+    // Defined, not assigned: a key may be `__proto__`.
+    const put = (inside: Json): unknown =>
+      Object.defineProperty(made, name, { value: inside, enumerable: true, writable: true, configurable: true });
+    const [pattern, inner] = Object.entries(schema.patternProperties ?? {})[0] ?? [];
+    if (inner !== undefined && new RegExp(pattern as string, "u").test(name)) {
+      put(fill(root, inner, value, `${where}.${shortly(name)}`));
+    } else if (schema.patternProperties !== undefined || schema.additionalProperties === false) throw wrong(`${where}.${shortly(name)}`, "not known");
+    else if (schema.additionalProperties === true) put(plain(value));
     else if (schema.additionalProperties !== undefined) {
       put(fill(root, schema.additionalProperties, value, `${where}.${shortly(name)}`));
     }

@@ -12,6 +12,7 @@ const MAX_NESTING = 32;
 const MAX_WEIGHT = 10;
 const MAX_TOKENIZER_BYTES = 64 << 20;
 const OPEN_FACTOR: Record<string, number> = { "(": 1.1, "[": 1 / 1.1 };
+const SPACE = /\p{White_Space}/u;
 const CLOSES: Record<string, string> = { ")": "(", "]": "[" };
 // An escape, a bracket, `:number)`, or text that holds none of these.
 const MARKUP = /\\[()[\]\\]?|[([\])]|:\s*(?<weight>[+-]?[\d.]+)\s*\)|:|[^\\()[\]:]+/gu;
@@ -36,6 +37,7 @@ interface Piece {
 export class PromptTokenizer {
   private readonly tokenizer: Tokenizer;
   private readonly expand: Map<number, number>;
+  private readonly lowers: boolean;
 
   constructor(
     data: Uint8Array,
@@ -45,7 +47,9 @@ export class PromptTokenizer {
     if (data.length > MAX_TOKENIZER_BYTES) throw new DataError(`a tokenizer of ${data.length} bytes`, `up to ${MAX_TOKENIZER_BYTES}`, fix);
     let words;
     try {
-      this.tokenizer = new Tokenizer(JSON.parse(new TextDecoder("utf-8", { fatal: true }).decode(data)) as object, {});
+      const text = new TextDecoder("utf-8", { fatal: true }).decode(data);
+      this.tokenizer = new Tokenizer(JSON.parse(text, unicodeSpaces) as object, {});
+      this.lowers = text.includes('"Lowercase"');
       words = this.tokenizer.get_vocab().size;
     } catch (error) {
       throw new DataError(`${spec.file} does not load (${shown(describeError(error))})`, "a tokenizer.json", fix);
@@ -55,10 +59,13 @@ export class PromptTokenizer {
     if (special >= words) throw new DataError(`token id ${special}`, `below ${words} in ${spec.file}`, fix);
   }
 
-  /** The prompt's ids and weights in `chunks` calls of max_length; what does not fit is cut off and reported. */
-  encode(prompt: string): Tokens {
+  /**
+   * The prompt's ids and weights in `chunks` calls of max_length; what does not fit is cut off and reported.
+   * weighted false: brackets and backslashes are plain text, as diffusers has it.
+   */
+  encode(prompt: string, weighted = true): Tokens {
     checkPrompt(prompt);
-    const fragments = parseWeights(prompt);
+    const fragments: Fragment[] = weighted ? parseWeights(prompt) : [[prompt, 1]];
     const pieces = fragments.flatMap(([text, weight], fragment) => this.pieces(text, weight, fragment));
     const room = this.spec.max_length - 2;
     const calls = Array.from({ length: this.spec.chunks }, (_, i) => this.layOut(pieces.slice(i * room, (i + 1) * room)));
@@ -70,8 +77,13 @@ export class PromptTokenizer {
     };
   }
 
+  /** JavaScript's lower case of a last capital sigma depends on its neighbours, the tokenizers library's does not. */
+  private tokens(text: string): { ids: number[]; tokens: string[] } {
+    return this.tokenizer.encode(this.lowers ? text.replaceAll("Σ", "σ") : text, { add_special_tokens: false });
+  }
+
   private pieces(text: string, weight: number, fragment: number): Piece[] {
-    const { ids } = this.tokenizer.encode(text, { add_special_tokens: false });
+    const { ids } = this.tokens(text);
     return ids.flatMap((first, token) =>
       Array.from({ length: this.expand.get(first) ?? 1 }, (_, i) => ({ id: first + i, weight, fragment, token })),
     );
@@ -97,18 +109,24 @@ export class PromptTokenizer {
    */
   private textFrom(fragments: readonly Fragment[], cut: Piece): string {
     const [text] = fragments[cut.fragment] as Fragment;
-    const tokens = this.tokenizer.encode(text, { add_special_tokens: false }).tokens.slice(0, cut.token);
+    const tokens = this.tokens(text).tokens.slice(0, cut.token);
     let bytes = tokens.reduce((sum, name) => sum + name.replace(/<\/w>$/, "").length, 0);
     const characters = [...text];
     let at = 0;
     const encoder = new TextEncoder();
-    while (at < characters.length && (bytes > 0 || /\s/u.test(characters[at] as string))) {
+    while (at < characters.length && (bytes > 0 || SPACE.test(characters[at] as string))) {
       const character = characters[at++] as string;
-      if (!/\s/u.test(character)) bytes -= encoder.encode(character.toLowerCase()).length;
+      if (!SPACE.test(character)) bytes -= encoder.encode(character.toLowerCase()).length;
     }
+    if (bytes < 0) at--; // the cut lies within a character
     const rest = fragments.slice(cut.fragment + 1).map(([later]) => later);
-    return [characters.slice(at).join(""), ...rest].join("").trim();
+    return [characters.slice(at).join(""), ...rest].join("").replace(/^\p{White_Space}+|\p{White_Space}+$/gu, "");
   }
+}
+
+/** A pattern's `\\s` as the tokenizers library reads it: Unicode's white space, to which JavaScript adds U+FEFF. */
+function unicodeSpaces(key: string, value: unknown): unknown {
+  return key === "Regex" && typeof value === "string" ? value.replaceAll("\\s", "\\p{White_Space}") : value;
 }
 
 /** Throws RequestError for a prompt that no tokenizer should be given: too long, or not valid text. */

@@ -1,10 +1,15 @@
 /** The golden files that every runtime reads: tests/golden of the repository. */
 
-import { readFileSync } from "node:fs";
+import { existsSync, readFileSync } from "node:fs";
 import { expect } from "vitest";
 
 export function golden<T>(name: string): T {
   return JSON.parse(readFileSync(new URL(`../../../tests/golden/${name}.json`, import.meta.url), "utf8")) as T;
+}
+
+/** Whether a file of golden values is there. */
+export function hasGolden(name: string): boolean {
+  return existsSync(new URL(`../../../tests/golden/${name}.json`, import.meta.url));
 }
 
 /** Equal within a tolerance relative to the largest value. */

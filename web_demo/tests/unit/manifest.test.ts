@@ -1,6 +1,7 @@
 import { execFileSync } from "node:child_process";
 import { describe, expect, it } from "vitest";
 import { parseManifest } from "../../src/runtime/manifest.js";
+import { golden } from "./golden.js";
 
 const axes = { size_px: [16, 16] };
 const tensor = (name: string, ...shape: number[]): object => ({ name, dtype: "float32", shape });
@@ -69,7 +70,29 @@ const HOSTILE: [string, Uint8Array, string | RegExp][] = [
   ["too many values", new TextEncoder().encode(`[${"0,".repeat(300_000)}0]`), "values"],
 ];
 
+type Part = string | [string, number] | { base64: string };
+interface Golden {
+  refused: { name: string; kind: string; parts: Part[] }[];
+  taken: { name: string; parts: Part[] }[];
+}
+const shared = golden<Golden>("manifests");
+
+function assembled(parts: Part[]): Uint8Array {
+  return Buffer.concat(parts.map((part) => {
+    if (typeof part === "string") return Buffer.from(part);
+    return Array.isArray(part) ? Buffer.from(part[0].repeat(part[1])) : Buffer.from(part.base64, "base64");
+  }));
+}
+
 describe("manifest", () => {
+  it.each(shared.refused)("refuses $name as every reader does ($kind)", ({ parts }) => {
+    expect(() => parseManifest(assembled(parts))).toThrow(/Allowed: /);
+  });
+
+  it.each(shared.taken)("takes $name as every reader does", ({ parts }) => {
+    expect(parseManifest(assembled(parts)).model.name).not.toBe("");
+  });
+
   it("fills in what is not said and drops what it does not know", () => {
     const made = parseManifest(edited((raw) => Object.assign(raw, { later: 1, critical: ["chunked-prompts"] })));
     expect(made.components[0]?.variants[0]?.axes).toEqual({ width: 1, size_px: [16, 16], batch: 1, precision: "fp32", chunk: [0, 1], form: "" });

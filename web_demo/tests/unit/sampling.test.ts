@@ -90,6 +90,20 @@ describe("sampler tables", () => {
     }
   });
 
+  it("runs 12 samplers at 4 step counts, and from their starts, as Python does", async () => {
+    const grid = golden<{ file_base64: string; runs: (RunJson & { sampler: string; steps: number })[] }>("grid");
+    const made = parseTables(Uint8Array.from(Buffer.from(grid.file_base64, "base64")));
+    expect(grid.runs.length).toBeGreaterThan(100);
+    for (const { sampler, steps: count, start, begin, first_x0, final } of grid.runs) {
+      const table = made.get(sampler, count) as SamplerTable;
+      const first = start === 0 ? initLatents(table, z) : addNoise(table, start, Float32Array.from(wanted.x0), z);
+      expectClose(first, begin, 1e-6);
+      const run = await steps(table, first, start);
+      expectClose(run[0]?.denoised as Float32Array, first_x0, 1e-5);
+      expectClose(run.at(-1)?.latents as Float32Array, final, 1e-5);
+    }
+  });
+
   it("refuses broken files", () => {
     for (const cut of [0, 7, 100, bytes.length - 1]) expect(() => parseTables(bytes.subarray(0, cut))).toThrow("do not parse");
     const spoiled = bytes.slice();
