@@ -3,7 +3,7 @@ VENV ?= .venv
 PYTHON ?= python3
 BIN = $(VENV)/bin
 
-.PHONY: setup check test bench demo
+.PHONY: setup check test bench demo web demo-web test-web
 # torch comes first and by version: a range would pull CUDA builds where the CPU build is wanted. The constraints are the
 # versions tested together; without them pip searches long.
 $(VENV)/.ready: pyproject.toml constraints.txt
@@ -31,6 +31,33 @@ check: setup
 
 test: setup
 	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(MAKE) test-web
+
+# The browser page: Node.js 20 or newer. Vite's output is web_demo/dist; the bundle is the embedded model.
+WEB_BUNDLE = out/shapes-onnx-web.edgesd
+WEB_SOURCES = $(shell find web_demo/src web_demo/public -type f) web_demo/index.html web_demo/bench.html web_demo/vite.config.ts
+
+web_demo/node_modules/.ready: web_demo/package.json web_demo/package-lock.json
+	cd web_demo && npm ci --no-audit --no-fund --loglevel=error
+	touch $@
+
+web_demo/dist/index.html: web_demo/node_modules/.ready $(WEB_SOURCES)
+	cd web_demo && npm run --silent build
+
+web: web_demo/dist/index.html
+
+$(WEB_BUNDLE)/manifest.json: | setup
+	$(BIN)/edgesd package --target onnx-web -o out
+
+demo-web: setup web $(WEB_BUNDLE)/manifest.json
+	$(BIN)/edgesd serve $(WEB_BUNDLE)
+
+# End-to-end tests need a Chromium: Debian's is installed for root, everybody else gets a line that says so.
+test-web: setup
+	@command -v npm >/dev/null || { echo "web_demo: tests skipped, no Node.js 20 or newer"; exit 0; }; \
+	if ! command -v chromium >/dev/null && [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+	  apt-get update -qq && apt-get install -y -qq chromium fonts-dejavu-core >/dev/null; fi; \
+	$(MAKE) web $(WEB_BUNDLE)/manifest.json && cd web_demo && export EDGESD_PYTHON="$(abspath $(BIN)/python)" && npm test --silent && npm run --silent test:e2e
 
 bench: setup
 	$(BIN)/python benchmarks/loop_overhead.py

@@ -67,10 +67,9 @@ def page_folder() -> Path:
         if (folder / "index.html").is_file():
             return folder
     source = here.parent / "web_demo" / "package.json"
-    do = (
-        "Run: make demo-web" if source.is_file() else "Build web_demo in edgesd's source (npm ci && npm run build) and "
-    )
-    do += "" if source.is_file() else "pass --page web_demo/dist"
+    do = "Run: make web"
+    if not source.is_file():
+        do = "Build web_demo in edgesd's source (npm ci && npm run build) and pass --page web_demo/dist"
     raise SetupError("the browser page is not built", "its files in web_demo/dist", do)
 
 

@@ -1,6 +1,5 @@
 /** All work: download, models, the loop. The page only shows what comes of it. */
 
-import type * as Ort from "onnxruntime-web";
 import {
   Bundle, DataError, EdgesdError, PolicyRun, PromptCache, RequestError, decide, decode, describeError, deviceState, digest,
   dumpState, encodePng, goldenFiles, limits, loadState, neededFiles, openPipeline, openShelf, preview, resolve, sample, selftest,
@@ -8,6 +7,7 @@ import {
   type DeviceState, type Limits, type OpenPipeline, type Picture, type Settings, type Shelf, type Start, type State, type Step,
 } from "../runtime/index.js";
 import { OnnxSession } from "../runtime/onnx.js";
+import { runtime } from "./ort.js";
 import type { Job, Opened, Reply, Request, Wish } from "./messages.js";
 
 declare const __VERSION__: string;
@@ -135,22 +135,6 @@ async function adapterOf(): Promise<GPUAdapter | null> {
   } catch {
     return null;
   }
-}
-
-/** ONNX Runtime with the WebAssembly that fits the backend; its files lie beside the page. */
-async function runtime(form: "wasm" | "webgpu", wanted: number, warnings: string[]): Promise<{ ort: typeof Ort; threads: number }> {
-  const most = Math.min(navigator.hardwareConcurrency || 1, 8);
-  const threads = crossOriginIsolated ? Math.min(wanted > 0 ? wanted : most, most) : 1;
-  if (!crossOriginIsolated) {
-    warnings.push("One thread only: this page is not cross-origin isolated. Serve it with edgesd serve, or send the headers Cross-Origin-Opener-Policy: same-origin and Cross-Origin-Embedder-Policy: require-corp; a reload may be enough.");
-  }
-  const [ort, mjs, wasm] = form === "webgpu"
-    ? await Promise.all([import("onnxruntime-web/webgpu"), import("onnxruntime-web/ort-wasm-simd-threaded.asyncify.mjs?url"), import("onnxruntime-web/ort-wasm-simd-threaded.asyncify.wasm?url")])
-    : await Promise.all([import("onnxruntime-web/wasm"), import("onnxruntime-web/ort-wasm-simd-threaded.mjs?url"), import("onnxruntime-web/ort-wasm-simd-threaded.wasm?url")]);
-  ort.env.wasm.wasmPaths = { mjs: new URL(mjs.default, location.href).href, wasm: new URL(wasm.default, location.href).href };
-  ort.env.wasm.numThreads = threads;
-  ort.env.logLevel = "error";
-  return { ort: ort as typeof Ort, threads };
 }
 
 // ---- drawing ------------------------------------------------------------------------------------------------------

@@ -22,6 +22,7 @@ export { run, Step } from "./loop.js";
 export { DEFAULTS, check, resolve, settingsFromJson, type Settings } from "./settings.js";
 export { dumpState, loadState, type State } from "./state.js";
 export { parseTables, SamplerTable, type TableFile } from "./table.js";
+export { tensor, type Tensor, type Tensors } from "./tensor.js";
 export { PromptCache } from "./cache.js";
 export { PromptTokenizer, parseWeights } from "./tokenizer.js";
 export type { Start } from "./canvas.js";

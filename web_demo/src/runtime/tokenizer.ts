@@ -120,7 +120,7 @@ export class PromptTokenizer {
     }
     if (bytes < 0) at--; // the cut lies within a character
     const rest = fragments.slice(cut.fragment + 1).map(([later]) => later);
-    return [characters.slice(at).join(""), ...rest].join("").replace(/^\p{White_Space}+|\p{White_Space}+$/gu, "");
+    return [characters.slice(at).join(""), ...rest].join("").replace(/^[\p{White_Space}\x1c-\x1f]+|[\p{White_Space}\x1c-\x1f]+$/gu, "");
   }
 }
 
