@@ -38,7 +38,7 @@ def models(spec: str) -> list[tuple[str, Path]]:
 
 
 class Folders(serve.Site):
-    """The page and several folders, at bundle/0/, bundle/1/ …; nothing checked: a folder for speed has no true hashes."""
+    """The page and several folders, at bundle/0/, bundle/1/ …; nothing is checked: folders for speed lack hashes."""
 
     def __init__(self, page: Path, folders: list[Path]) -> None:
         super().__init__(page, page, frozenset())

@@ -114,7 +114,7 @@ export class PromptTokenizer {
     const characters = [...text];
     let at = 0;
     const encoder = new TextEncoder();
-    while (at < characters.length && (bytes > 0 || SPACE.test(characters[at] as string))) {
+    while (at < characters.length && (bytes > 0 || (bytes === 0 && SPACE.test(characters[at] as string)))) {
       const character = characters[at++] as string;
       if (!SPACE.test(character)) bytes -= encoder.encode(character.toLowerCase()).length;
     }
