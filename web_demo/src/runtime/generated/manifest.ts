@@ -99,7 +99,8 @@ export interface Component {
  * One artefact of a component. files[0] is what a runtime opens; the rest lie beside it (weights).
  *
  * status says how it was checked: executed in its own runtime, interpreted (Core ML off a Mac), unverified.
- * snr_db is the error against the float32 truth on recorded calls, per output the worst.
+ * snr_db is the error against the float32 truth on recorded calls, per output the worst. plan: the quantization as the
+ * artefact has it (JSON, see docs/quantization.md). gate_db: what snr_db must reach where its own simulation says so.
  */
 export interface Variant {
   axes: Axes;
@@ -111,6 +112,8 @@ export interface Variant {
   status: "executed" | "interpreted" | "unverified";
   runtime: string;
   snr_db: number | null;
+  gate_db: number | null;
+  plan: string | null;
   seconds: number | null;
   compute_units: string;
 }
