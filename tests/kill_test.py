@@ -73,7 +73,7 @@ class Spawned:
     def __init__(self, words, log, environment):
         with open(log, "wb") as file:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "edgesd.cli", *words],
+                [sys.executable, "-m", "edgesd", *words],
                 stdout=file,
                 stderr=file,
                 env={**os.environ, **environment},

@@ -127,9 +127,22 @@ def test_every_verb_has_help(run):
         assert name in out
 
 
+def test_ctrl_c_while_the_command_line_still_loads_is_clean_too(monkeypatch, capsys):
+    from edgesd.__main__ import main
+
+    def interrupted():
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("edgesd.cli.main", interrupted)
+    with pytest.raises(SystemExit) as stop:
+        main()
+    assert stop.value.code == 130
+    assert "interrupted" in capsys.readouterr().err
+
+
 @pytest.mark.skipif(os.name == "nt", reason="signals")
 def test_ctrl_c_leaves_no_file(tmp_path):
-    words = [sys.executable, "-m", "edgesd.cli", "generate", PROMPT, "--steps", "900", "-o", str(tmp_path / "x.png")]
+    words = [sys.executable, "-m", "edgesd", "generate", PROMPT, "--steps", "900", "-o", str(tmp_path / "x.png")]
     process = subprocess.Popen(
         words, stderr=subprocess.PIPE, text=True, env={**os.environ, "EDGESD_CACHE": str(tmp_path)}
     )

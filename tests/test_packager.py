@@ -187,7 +187,7 @@ def test_missing_weights_are_named(tmp_path):
 
 @pytest.mark.skipif(os.name == "nt", reason="signals")
 def test_ctrl_c_leaves_no_half_bundle_and_no_child(tmp_path):
-    words = [sys.executable, "-m", "edgesd.cli", "package", "--target", "openvino", "-o", str(tmp_path / "out")]
+    words = [sys.executable, "-m", "edgesd", "package", "--target", "openvino", "-o", str(tmp_path / "out")]
     process = subprocess.Popen(
         words, stderr=subprocess.PIPE, text=True, env={**os.environ, "EDGESD_CACHE": str(tmp_path)}
     )

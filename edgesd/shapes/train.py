@@ -282,14 +282,14 @@ def alignment(model: LoadedModel, captions: int = 128, **settings: Any) -> float
 
 def save(model: LoadedModel, out: Path, config: Config, curves: Mapping[str, Curve], *, student: bool = False) -> None:
     """Writes a checkpoint in diffusers layout: float16 weights, the embedded model's configs, what was trained."""
-    from edgesd.files import locked, replacing
+    from edgesd.files import copy_tree, disk_errors, locked, replacing
 
     source = embedded_folder()
-    with locked(out), replacing(out) as new:
+    with locked(out), disk_errors(out, "Free some space"), replacing(out) as new:
         for name in ("model_index.json", "README.md"):
             shutil.copyfile(source / name, new / name)
         for name in ("scheduler", "tokenizer"):
-            shutil.copytree(source / name, new / name)
+            copy_tree(source / name, new / name)
         for part, module in model.modules.items():
             half: Any = copy.deepcopy(module).cpu().half()
             half.save_pretrained(new / part, safe_serialization=True)
