@@ -178,6 +178,7 @@ def test_package_is_killed_at_10_moments(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)
 def test_package_is_killed_at_50_moments(tmp_path):
     kill_at_many_moments(Spawned, 50, tmp_path)
 
