@@ -1,0 +1,13 @@
+plugins {
+    alias(libs.plugins.kotlin.jvm)
+}
+
+kotlin { jvmToolchain(17) }
+
+// The tests have a main of their own, so that a bare Kotlin compiler runs them too (make test-android in the repository's root).
+val golden by tasks.registering(JavaExec::class) {
+    classpath = sourceSets["test"].runtimeClasspath
+    mainClass = "edgesd.MainKt"
+    args(rootDir.resolve("../tests/golden").path)
+}
+tasks.named("check") { dependsOn(golden) }
