@@ -3,7 +3,7 @@ VENV ?= .venv
 PYTHON ?= python3
 BIN = $(VENV)/bin
 
-.PHONY: setup check test bench demo web demo-web test-web
+.PHONY: setup check test bench demo web demo-web test-web test-android
 # torch comes first and by version: a range would pull CUDA builds where the CPU build is wanted. The constraints are the
 # versions tested together; without them pip searches long.
 $(VENV)/.ready: pyproject.toml constraints.txt
@@ -32,6 +32,7 @@ check: setup
 test: setup
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 	$(MAKE) test-web
+	$(MAKE) test-android
 
 # The browser page: Node.js 20 or newer. Vite's output is web_demo/dist; the bundle is the embedded model.
 WEB_BUNDLE = out/shapes-onnx-web.edgesd
@@ -58,6 +59,11 @@ test-web: setup
 	if ! command -v chromium >/dev/null && [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
 	  apt-get update -qq && apt-get install -y -qq chromium fonts-dejavu-core >/dev/null; fi; \
 	$(MAKE) web $(WEB_BUNDLE)/manifest.json && cd web_demo && export EDGESD_PYTHON="$(abspath $(BIN)/python)" && npm test --silent && npm run --silent test:e2e
+
+# The Kotlin runtime and its app (docs/android.md).
+test-android: setup
+	@if command -v java > /dev/null; then $(BIN)/python android_demo/check.py; \
+	else echo "test-android skipped: no java here (Debian: apt-get install default-jre-headless)"; fi
 
 bench: setup
 	$(BIN)/python benchmarks/loop_overhead.py

@@ -243,6 +243,7 @@ def _cases() -> list[tuple[str, str, Any]]:
         ("policy_unlisted", "files", edited("policies", to=[{"name": "a", "file": "a.json"}])),
         ("unlisted", "files", edited(*UNET, "files", to=["unet/unet.bin", "other.bin"])),
         ("golden_unlisted", "files", edited("golden", to="golden.json")),
+        ("plan_unlisted", "files", edited(*UNET, "plan", to="plan.json")),
         ("prompts_unlisted", "files", edited("prompts", to="prompts.safetensors")),
         ("listed_twice", "files", edited("files", to=_more())),
         ("differ_in_case", "files", edited("files", to=_more(path="UNET/unet.bin"))),

@@ -52,7 +52,7 @@ fun selfTest(bundle: Bundle, pipeline: Pipeline): Sequence<Finding> = sequence {
     val stride = (facts["picture_stride"] as? Long ?: 1L).toInt()
     val small = thinned(picture, stride)
     if (small.data.size != truth.data.size) throw golden.broken("a picture of another size")
-    yield(Finding("picture", true, psnrDb(Rgb(small.height, small.width, truth.data), small), null))
+    yield(pictureFinding(bundle, facts, Rgb(small.height, small.width, truth.data), small))
 }
 
 private class GoldenFiles(val facts: Map<*, *>, private val arrays: Map<String, NdArray>) {
@@ -95,11 +95,23 @@ private fun readGolden(bundle: Bundle): GoldenFiles {
 
 private fun unread(error: Exception) = DataError("the golden vectors do not read (${shown(error.message, 120)})", "what edgesd wrote", "Package the model again")
 
-/** What a component of the bundle's precision must reach, in dB; null where the bundle names no gate. */
+/** What a component must reach, in dB: its own gate, else its precision's; null where the bundle names none. */
 private fun gate(bundle: Bundle, facts: Map<*, *>, component: String): Double? {
-    val precision = bundle.manifest.component(component).variants[0].axes.precision
-    val gates = facts["gates"] as? Map<*, *> ?: return null
-    return ((gates[precision] as? Map<*, *>)?.get("snr_db") as? Number)?.toDouble()
+    val own = bundle.manifest.component(component).variants[0].gateDb
+    return own ?: gates(bundle, facts, component)?.let { (it["snr_db"] as? Number)?.toDouble() }
+}
+
+private fun gates(bundle: Bundle, facts: Map<*, *>, component: String): Map<*, *>? =
+    (facts["gates"] as? Map<*, *>)?.get(bundle.manifest.component(component).variants[0].axes.precision) as? Map<*, *>
+
+/** The finished picture, by the gates of the UNet's precision: PSNR, mean absolute difference (0..1), or neither. */
+private fun pictureFinding(bundle: Bundle, facts: Map<*, *>, truth: Rgb, made: Rgb): Finding {
+    val gates = gates(bundle, facts, "unet")
+    val least = (gates?.get("picture_psnr_db") as? Number)?.toDouble()
+    val most = (gates?.get("picture_mean_abs") as? Number)?.toDouble()
+    val mean = truth.data.indices.sumOf { abs((truth.data[it].toInt() and 255) - (made.data[it].toInt() and 255)) } / (255.0 * truth.data.size)
+    val psnr = psnrDb(truth, made)
+    return Finding("picture", (least == null || psnr >= least) && (most == null || mean <= most), psnr, least)
 }
 
 private fun thinned(image: Rgb, stride: Int): Rgb {

@@ -33,7 +33,7 @@ data class Axes(
 /** One artefact of a component; files[0] is what a runtime opens. */
 data class Variant(
     val axes: Axes, val files: List<String>, val inputs: List<TensorSpec>, val outputs: List<TensorSpec>,
-    val params: Long, val macs: Long, val status: String, val snrDb: Double?,
+    val params: Long, val macs: Long, val status: String, val snrDb: Double?, val gateDb: Double?, val plan: String?,
 )
 
 data class Component(val name: String, val variants: List<Variant>)
@@ -300,6 +300,7 @@ private fun variant(f: Fields): Variant {
         ),
         f.paths("files", 4096), f.each("inputs", 1, 32, ::tensor), f.each("outputs", 1, 32, ::tensor), f.int("params", 0..MAX_INT, 0),
         f.int("macs", 0..MAX_INT, 0), f.oneOf("status", setOf("executed", "interpreted", "unverified"), "unverified"), f.optionalNumber("snr_db"),
+        f.optionalNumber("gate_db"), f.optionalPath("plan"),
     )
 }
 
@@ -329,7 +330,7 @@ private fun checkClosed(m: Manifest) {
         total += entry.bytes // a sum above the limit ends at once, long before it overflows
         check(total <= MAX_BUNDLE_BYTES, "the files have more than $MAX_BUNDLE_BYTES bytes together")
     }
-    val named = m.components.flatMap { c -> c.variants.flatMap { it.files } } + m.model.tokenizers.map { it.file } + m.samplers.map { it.file } +
+    val named = m.components.flatMap { c -> c.variants.flatMap { it.files + listOfNotNull(it.plan) } } + m.model.tokenizers.map { it.file } + m.samplers.map { it.file } +
         m.policies.map { it.file } + listOfNotNull(m.golden, m.prompts)
     val missing = (named.toSet() - known.toSet()).minOrNull()
     check(missing == null, "$missing is used but not listed in files")

@@ -1,7 +1,9 @@
 /** What the golden files do not hold: bundles on disk, saved runs, PNGs, policies that are refused, governed runs, broken tables. */
 package edgesd
 
+import edgesd.runtime.Call
 import edgesd.runtime.Change
+import edgesd.runtime.ComponentSession
 import edgesd.runtime.Outcome
 import edgesd.runtime.Philox
 import edgesd.runtime.PolicyRun
@@ -34,6 +36,7 @@ fun runtimeTests(golden: Path): List<Pair<String, () -> Unit>> = listOf(
     "a zip is unpacked and checked; one that leads out is refused" to ::zips,
     "a download goes on where it stopped, and is checked" to ::downloads,
     "a device without the memory is told so" to ::memory,
+    "a width is switched to, its file opened and the other let go" to ::widths,
     "a saved run comes back to the bit, a spoiled one is refused" to { states(golden) },
     "broken table files are refused" to { brokenTables(golden) },
     "a PNG carries its settings; broken ones are refused" to ::pictures,
@@ -53,7 +56,7 @@ private inline fun inFolder(work: (Path) -> Unit) {
     }
 }
 
-private val FILES = mapOf("unet/unet.bin" to "unet", "decoder.bin" to "decoder", "tokenizer.json" to "{}", "samplers.safetensors" to "tables")
+private val FILES = mapOf("unet/unet.bin" to "unet", "unet/half.bin" to "half", "decoder.bin" to "decoder", "tokenizer.json" to "{}", "samplers.safetensors" to "tables")
 
 private fun fill(folder: Path) {
     for ((path, text) in FILES) {
@@ -62,8 +65,11 @@ private fun fill(folder: Path) {
     }
     val listed = FILES.map { (path, text) -> mapOf("path" to path, "bytes" to text.length, "sha256" to sha256(text.toByteArray())) }
     fun tensor(name: String, vararg shape: Int) = mapOf("name" to name, "dtype" to "float32", "shape" to shape.toList())
-    fun part(name: String, file: String, input: Any, output: Any) = mapOf(
-        "name" to name, "variants" to listOf(mapOf("axes" to mapOf("size_px" to listOf(16, 16)), "files" to listOf(file), "inputs" to listOf(input), "outputs" to listOf(output))),
+    fun part(name: String, files: Map<String, Double>, input: Any, output: Any) = mapOf(
+        "name" to name,
+        "variants" to files.map { (file, width) ->
+            mapOf("axes" to mapOf("size_px" to listOf(16, 16), "width" to width), "files" to listOf(file), "inputs" to listOf(input), "outputs" to listOf(output))
+        },
     )
     val document = mapOf(
         "format" to "1.1", "target" to "tflite",
@@ -73,8 +79,8 @@ private fun fill(folder: Path) {
             "defaults" to mapOf("sampler" to "ddim", "size_px" to listOf(16, 16)),
         ),
         "components" to listOf(
-            part("unet", "unet/unet.bin", tensor("sample", 1, 4, 2, 2), tensor("model_output", 1, 4, 2, 2)),
-            part("vae_decoder", "decoder.bin", tensor("latents", 1, 4, 2, 2), tensor("image", 1, 3, 16, 16)),
+            part("unet", mapOf("unet/unet.bin" to 1.0, "unet/half.bin" to 0.5), tensor("sample", 1, 4, 2, 2), tensor("model_output", 1, 4, 2, 2)),
+            part("vae_decoder", mapOf("decoder.bin" to 1.0), tensor("latents", 1, 4, 2, 2), tensor("image", 1, 3, 16, 16)),
         ),
         "samplers" to listOf(mapOf("name" to "ddim", "file" to "samplers.safetensors", "steps" to listOf(1))),
         "provenance" to mapOf("source" to "tests", "sha256" to "0".repeat(64)), "files" to listed,
@@ -198,6 +204,33 @@ private fun memory() = inFolder { place ->
     ensure("MB are free" in throws<SetupError>("a small device") { checkMemory(manifest, 1L shl 20) }.message!!) { "the error does not say what is free" }
     val larger = manifest.copy(files = manifest.files.map { if (it.path == "unet/unet.bin") it.copy(bytes = 1L shl 30) else it })
     equal(neededBytes(larger) - neededBytes(manifest) > 2L shl 29, true) { "weights do not count" }
+}
+
+private fun widths() = inFolder { place ->
+    fill(place)
+    val open = ArrayList<String>()
+    val session = ComponentSession(readBundle(place)) { variant, paths ->
+        val name = paths[0].fileName.toString().also(open::add)
+        object : Call {
+            override fun run(inputs: Map<String, NdArray>) = variant.outputs.associate { it.name to Floats.of(it.shape) { name.length.toFloat() } }
+
+            override fun close() {
+                open.remove(name)
+            }
+        }
+    }
+    val sample = mapOf("sample" to Floats.of(listOf(1, 4, 2, 2)) { 0f })
+    equal(session.widths("unet"), listOf(1.0, 0.5))
+    session.run("unet", sample)
+    equal(open, listOf("unet.bin"))
+    session.useWidth("unet", 0.5)
+    session.run("unet", sample)
+    equal(open, listOf("half.bin"))
+    throws<RequestError>("a width that is not there") { session.useWidth("unet", 0.75) }
+    session.run("vae_decoder", mapOf("latents" to sample.getValue("sample")))
+    equal(open, listOf("decoder.bin")) { "one component at a time" }
+    throws<RequestError>("another shape") { session.run("unet", mapOf("sample" to Floats.of(listOf(2, 4, 2, 2)) { 0f })) }
+    throws<RequestError>("another name") { session.run("unet", mapOf("x" to sample.getValue("sample"))) }
 }
 
 private fun tables(golden: Path) = Base64.getDecoder().decode(Golden.read(golden, "grid")["file_base64"].text)

@@ -3,6 +3,7 @@ package edgesd.app
 
 import android.graphics.Bitmap
 import androidx.compose.foundation.Image
+import androidx.compose.foundation.horizontalScroll
 import androidx.compose.foundation.layout.Column
 import androidx.compose.foundation.layout.Row
 import androidx.compose.foundation.layout.fillMaxWidth
@@ -79,13 +80,13 @@ private fun Models(studio: Studio, onImport: () -> Unit) {
 @Composable
 private fun Draw(studio: Studio, onDraw: (Settings, String?) -> Unit, onShare: (Path) -> Unit) {
     val pipeline = studio.pipeline ?: return Text("Open a model first.")
-    var prompt by remember { mutableStateOf(pipeline.bank?.prompts?.firstOrNull() ?: "") }
-    var negative by remember { mutableStateOf("") }
-    var seed by remember { mutableStateOf("0") }
-    var steps by remember { mutableStateOf(pipeline.spec.defaults.steps.toString()) }
-    var guidance by remember { mutableStateOf(short(pipeline.spec.defaults.guidance)) }
-    var sampler by remember { mutableStateOf(pipeline.spec.defaults.sampler) }
-    var policy by remember { mutableStateOf<String?>(null) }
+    var prompt by remember(pipeline) { mutableStateOf(pipeline.bank?.prompts?.firstOrNull() ?: "") }
+    var negative by remember(pipeline) { mutableStateOf("") }
+    var seed by remember(pipeline) { mutableStateOf("0") }
+    var steps by remember(pipeline) { mutableStateOf(pipeline.spec.defaults.steps.toString()) }
+    var guidance by remember(pipeline) { mutableStateOf(short(pipeline.spec.defaults.guidance)) }
+    var sampler by remember(pipeline) { mutableStateOf(pipeline.spec.defaults.sampler) }
+    var policy by remember(pipeline) { mutableStateOf<String?>(null) }
     val whole = Modifier.fillMaxWidth()
     pipeline.bank?.prompts?.filter { it.isNotEmpty() }?.forEach { known -> TextButton(onClick = { prompt = known }) { Text(known) } }
     OutlinedTextField(prompt, { prompt = it }, whole, label = { Text("Prompt") })
@@ -111,7 +112,7 @@ private fun Draw(studio: Studio, onDraw: (Settings, String?) -> Unit, onShare: (
 @Composable
 private fun Choice(what: String, names: List<String>, chosen: String, onChoose: (String) -> Unit) {
     Text("$what: $chosen")
-    Row { for (name in names) TextButton(onClick = { onChoose(name) }, enabled = name != chosen) { Text(name) } }
+    Row(Modifier.horizontalScroll(rememberScrollState())) { for (name in names) TextButton(onClick = { onChoose(name) }, enabled = name != chosen) { Text(name) } }
 }
 
 @Composable

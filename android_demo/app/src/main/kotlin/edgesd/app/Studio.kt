@@ -74,11 +74,12 @@ class Studio private constructor(context: Context) {
     }
 
     private fun list() {
-        installed = Files.list(bundles).use { found -> found.map { it.fileName.toString() }.toList() }.filter { !it.startsWith(".") }.sorted()
+        installed = bundles.toFile().list().orEmpty().filter { !it.startsWith(".") }.sorted()
     }
 
-    private fun start(what: String, job: () -> Unit) {
-        if (work != null) return
+    /** Whether it was begun: one work at a time. */
+    private fun start(what: String, job: () -> Unit): Boolean {
+        if (work != null) return false
         cancelled = false
         error = null
         work = Work(what)
@@ -96,6 +97,7 @@ class Studio private constructor(context: Context) {
                 work = null
             }
         }
+        return true
     }
 
     fun cancel() {
@@ -150,12 +152,15 @@ class Studio private constructor(context: Context) {
     fun defaults(prompt: String, seed: Long): Settings? = pipeline?.let { resolve(it.spec, prompt, seed) }
 
     /** policy: a name of the bundle's own, or null for none. done: told on the worker's thread, whatever came of it. */
-    fun draw(wanted: Settings, policy: String?, done: () -> Unit) = start("Drawing") {
-        try {
-            drawNow(wanted, policy)
-        } finally {
-            done()
+    fun draw(wanted: Settings, policy: String?, done: () -> Unit) {
+        val begun = start("Drawing") {
+            try {
+                drawNow(wanted, policy)
+            } finally {
+                done()
+            }
         }
+        if (!begun) done()
     }
 
     private fun drawNow(wanted: Settings, policy: String?) {

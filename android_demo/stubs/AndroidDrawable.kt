@@ -1,0 +1,5 @@
+@file:Suppress("unused", "PackageDirectoryMismatch")
+
+package android.graphics.drawable
+
+class Icon

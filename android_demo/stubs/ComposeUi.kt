@@ -1,0 +1,5 @@
+@file:Suppress("unused", "PackageDirectoryMismatch")
+
+package androidx.compose.ui
+
+interface Modifier { companion object : Modifier }

@@ -1,0 +1,7 @@
+@file:Suppress("unused", "UnusedReceiverParameter", "PackageDirectoryMismatch")
+
+package androidx.compose.ui.unit
+
+class Dp
+
+val Int.dp: Dp get() = Dp()
