@@ -19,7 +19,7 @@ from manifest_cases import manifests_json
 from PIL import Image
 from policy_cases import policy_json
 from samplers import SD, model
-from token_cases import tokens_json
+from token_cases import tokens_json, words_json
 
 from edgesd.runtime import image as images
 from edgesd.runtime.loop import run
@@ -185,8 +185,8 @@ def images_json() -> dict:
 # Every file of FOLDER, by its name without .json.
 FILES: dict[str, Callable[[], dict]] = {
     "noise": noise_json, "sampling": sampling_json, "grid": grid_json, "policy": lambda: policy_json(COMMAND),
-    "tokens": lambda: tokens_json(COMMAND), "manifests": lambda: manifests_json(COMMAND),
-    "images": images_json,
+    "tokens": lambda: tokens_json(COMMAND), "words": lambda: words_json(COMMAND),
+    "manifests": lambda: manifests_json(COMMAND), "images": images_json,
 }  # fmt: skip
 
 

@@ -212,22 +212,12 @@ def tokens_json(command: str) -> dict[str, Any]:
     which = [0, 0, 1]
     chosen = specs()
     made = [PromptTokenizer(jsons[w], spec) for w, spec in zip(which, chosen, strict=True)]
-    cases = []
-    for prompt in prompts():
-        for index, tokenizer in enumerate(made):
-            for weighted in (True, False) if index == 0 else (True,):
-                tokens = tokenizer.encode(prompt, weighted=weighted)
-                case: dict[str, Any] = {"spec": index, "prompt": prompt, "weighted": weighted}
-                # Padding at the end of a call is left out.
-                case["ids"] = [_without_padding(row.tolist(), chosen[index]) for row in tokens.ids]
-                if tokens.weighted:
-                    case["weights"] = [
-                        [float(str(w)) for w in row[: len(ids)]]
-                        for row, ids in zip(tokens.weights, case["ids"], strict=True)
-                    ]
-                if tokens.truncated:
-                    case["truncated"] = tokens.truncated
-                cases.append(case)
+    cases = [
+        _case(tokenizer, index, prompt, weighted)
+        for prompt in prompts()
+        for index, tokenizer in enumerate(made)
+        for weighted in ((True, False) if index == 0 else (True,))
+    ]
     return {
         "command": command,
         "about": "ids: a list per call, without padding (pad_id up to max_length). weights: float32, 1 where left out. "
@@ -237,6 +227,62 @@ def tokens_json(command: str) -> dict[str, Any]:
         "cases": cases,
         "refused": REFUSED,
         "accepted": ACCEPTED,
+    }
+
+
+def _case(tokenizer: PromptTokenizer, index: int, prompt: str, weighted: bool) -> dict[str, Any]:
+    tokens = tokenizer.encode(prompt, weighted=weighted)
+    ids = [_without_padding(row.tolist(), tokenizer.spec) for row in tokens.ids]
+    case: dict[str, Any] = {"spec": index, "prompt": prompt, "weighted": weighted, "ids": ids}
+    if tokens.weighted:
+        rows = zip(tokens.weights, ids, strict=True)
+        case["weights"] = [[float(str(w)) for w in row[: len(kept)]] for row, kept in rows]
+    return case | ({"truncated": tokens.truncated} if tokens.truncated else {})
+
+
+def words_json(command: str) -> dict[str, Any]:
+    """Added words (textual inversion), as edgesd/models/embedding.py adds them: whole words, and one found anywhere."""
+    data = json.loads(SHAPES.read_text(encoding="utf-8"))
+    first, flags = max(data["model"]["vocab"].values()) + 1, {"lstrip": False, "rstrip": False, "special": False}
+    for content, alone in (("zorb", True), ("zorb_1", True), ("<star>", False), ("Émile", True)):
+        entry = {"id": first, "content": content, "single_word": alone, "normalized": True}
+        data["added_tokens"].append(entry | flags)
+        first += 1
+    spec = specs()[0].model_copy(update={"expand": ((first - 4, 2),)})
+    tokenizer = PromptTokenizer(json.dumps(data), spec)
+    prompts = [
+        "zorb",
+        "a Zorb, red",
+        "zorbs",
+        "azorb",
+        "zorb_1 zorb",
+        "zorb_",
+        "zorb-like",
+        "中zorb",
+        "zorb中",
+        "(zorb:1.3)",
+        "a<star>b",
+        "<STAR>",
+        "< star>",
+        "<star><star>",
+        "zorb<star>",
+        "émile",
+        "E\u0301mile",
+        "ÉMILE émilex",
+        "zorb " * 15,
+        "red " * 21 + "zorb",
+        "zorb\u0301",
+        "zorb\u200dx",
+        "zorb!zorb",
+    ]
+    return {
+        "command": command,
+        "about": "as tokens.json: a tokenizer with added words, one of them expanded",
+        "tokenizers": [data],
+        "specs": [{"tokenizer": 0} | spec.model_dump(mode="json")],
+        "cases": [_case(tokenizer, 0, prompt, True) for prompt in prompts],
+        "refused": [],
+        "accepted": [],
     }
 
 

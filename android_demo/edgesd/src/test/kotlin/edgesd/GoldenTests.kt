@@ -26,6 +26,7 @@ fun goldenTests(folder: Path): List<Pair<String, () -> Unit>> = listOf(
     "runs, starts, resumes and bridges of sampling.json" to { sampling(Golden.read(folder, "sampling")) },
     "12 samplers at 4 step counts" to { grid(Golden.read(folder, "grid")) },
     "token ids, weights and what does not fit" to { tokens(Golden.read(folder, "tokens")) },
+    "added words, whole or anywhere" to { tokens(Golden.read(folder, "words")) },
     "every policy decision" to { policies(Golden.read(folder, "policy")) },
     "hostile manifests are refused for their reason, sound ones taken" to { manifests(Golden.read(folder, "manifests")) },
 )

@@ -10,7 +10,7 @@ import kotlin.system.exitProcess
 fun main(args: Array<String>) {
     val golden = Paths.get(args[0])
     val whole = if (args.size > 2) pictureTests(Paths.get(args[1]), args.drop(2)) else emptyList()
-    val tests = goldenTests(golden) + runtimeTests(golden) + whole
+    val tests = goldenTests(golden) + bundleTests() + runtimeTests(golden) + whole
     val failed = runTests(tests)
     println("${tests.size - failed} of ${tests.size} passed")
     exitProcess(if (failed == 0) 0 else 1)

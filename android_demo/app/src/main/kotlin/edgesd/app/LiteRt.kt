@@ -19,9 +19,6 @@ import org.tensorflow.lite.gpu.GpuDelegate
 
 const val GPU_FORM = "gpu"
 
-/** Whether the bundle has a variant for the GPU. */
-fun hasGpu(bundle: Bundle): Boolean = bundle.manifest.components.any { c -> c.variants.any { it.axes.form == GPU_FORM } }
-
 /** gpu: prefer the variants of form "gpu", and run those by the delegate; the others stay on the CPU. */
 fun openSession(bundle: Bundle, gpu: Boolean): ComponentSession =
     ComponentSession(bundle, form = if (gpu) GPU_FORM else "") { variant, paths -> LiteRtCall(variant, paths[0]) }

@@ -68,7 +68,7 @@ private fun cuts(policy: Policy, axis: String): List<Any> {
     // An end of the axis answers like the stretch beside it, unless a condition holds there alone.
     val alone = used.filter { it.low >= end || it.high == 0.0 }.map { minOf(it.low, end) }
     val cuts = (between + (bounds - 0.0 - end) + alone).toSortedSet().toList()
-    return if (axis in MORE_IS_WORSE) cuts else cuts.reversed()
+    return if (axis in MORE_IS_WORSE) cuts else cuts.asReversed()
 }
 
 private fun refused(policy: Policy, came: String, allowed: String) =
