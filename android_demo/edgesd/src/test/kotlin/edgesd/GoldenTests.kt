@@ -17,6 +17,7 @@ import edgesd.runtime.decide
 import edgesd.runtime.initLatents
 import edgesd.runtime.parsePolicy
 import edgesd.runtime.run
+import edgesd.runtime.toUint8
 import java.nio.file.Path
 import java.util.Base64
 import kotlin.math.abs
@@ -27,6 +28,7 @@ fun goldenTests(folder: Path): List<Pair<String, () -> Unit>> = listOf(
     "12 samplers at 4 step counts" to { grid(Golden.read(folder, "grid")) },
     "token ids, weights and what does not fit" to { tokens(Golden.read(folder, "tokens")) },
     "added words, whole or anywhere" to { tokens(Golden.read(folder, "words")) },
+    "what a model drew becomes bytes" to { images(Golden.read(folder, "images")) },
     "every policy decision" to { policies(Golden.read(folder, "policy")) },
     "hostile manifests are refused for their reason, sound ones taken" to { manifests(Golden.read(folder, "manifests")) },
 )
@@ -132,6 +134,12 @@ private fun tokens(golden: Golden) {
     golden["refused"].list.forEach { throws<RequestError>(it["text"].text) { made[0].encode(it["text"].text.repeat(it["times"].int)) } }
     golden["accepted"].list.forEach { made[0].encode(it["text"].text.repeat(it["times"].int)) }
     throws<RequestError>("half a surrogate pair") { made[0].encode("red \ud83d") }
+}
+
+private fun images(golden: Golden) {
+    val shape = listOf(1, 3, golden["picture", "height"].int, golden["picture", "width"].int)
+    val drawn = Floats(shape, golden["floats"].floats).map { (1.3 * it + 0.01).toFloat() }
+    equal(toUint8(drawn).data.map { it.toInt() and 255 }, golden["rounded"].list.map { it.int })
 }
 
 private fun policies(golden: Golden) {
