@@ -70,11 +70,12 @@ export async function selftest(bundle: Bundle, pipeline: OpenPipeline, told: (ch
   const gates: Gate[] = [];
   for (const role of new Set(facts.calls.map((call) => call.component))) {
     if (!pipeline.session.has(role)) continue;
-    const { precision, width, size_px } = pipeline.session.variant(role).axes;
+    const { axes, gate_db } = pipeline.session.variant(role);
+    const { precision, width, size_px } = axes;
     const gate = { ...GATES, ...facts.gates }[precision] as Gate;
     gates.push(gate);
     if (width !== 1 || size_px.join() !== facts.size_px.join()) continue; // the recorded calls are not its truth
-    add(role, await worstCall(pipeline, role, facts.calls, get), gate.snr_db, "dB SNR");
+    add(role, await worstCall(pipeline, role, facts.calls, get), gate_db ?? gate.snr_db, "dB SNR");
   }
   const gate = gates.reduce((a, b) => (b.snr_db < a.snr_db ? b : a));
   await checkPicture(pipeline, facts, get, gate, add, signal);

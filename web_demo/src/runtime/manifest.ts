@@ -78,7 +78,7 @@ function checkClosed(manifest: Manifest): void {
   if (total > MAX_BUNDLE_BYTES) throw new Error(`the files have ${total} bytes together, more than ${MAX_BUNDLE_BYTES}`);
   const variants = manifest.components.flatMap((component) => component.variants);
   const used = [
-    ...variants.flatMap((variant) => variant.files),
+    ...variants.flatMap((variant) => [...variant.files, ...(variant.plan === null ? [] : [variant.plan])]),
     ...manifest.model.tokenizers.map((tokenizer) => tokenizer.file),
     ...manifest.samplers.map((sampler) => sampler.file),
     ...manifest.policies.map((policy) => policy.file),

@@ -35,9 +35,11 @@ export class OnnxSession implements Session {
     for (const { name } of manifest.components) this.chosen.set(name, choose(manifest, name, wide, options.f16 ?? false));
   }
 
-  /** The files that this choice of variants opens. */
+  /** The files that this choice of variants opens, the UNet at every width: a policy may narrow it at any time. */
   files(): string[] {
-    return [...this.chosen.values()].flatMap((chosen) => [...chosen.values()].flat().flatMap((variant) => variant.files));
+    const narrow = this.widths("unet").map((width) => choose(this.manifest, "unet", { ...this.options, width }, this.options.f16 ?? false));
+    const opened = [...this.chosen.values(), ...narrow].flatMap((chosen) => [...chosen.values()].flat());
+    return [...new Set(opened.flatMap((variant) => variant.files))];
   }
 
   has(role: Role): boolean {

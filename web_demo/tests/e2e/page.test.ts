@@ -249,6 +249,30 @@ describe.skipIf(WHY_NOT !== "")("a bundle that is not right", () => {
   });
 });
 
+const precisions = (): string[] => {
+  const { components } = JSON.parse(readFileSync(join(BUNDLE, "manifest.json"), "utf8")) as { components: { name: string; variants: { axes: { precision: string } }[] }[] };
+  return components.filter(({ name }) => name === "unet").flatMap(({ variants }) => variants.map(({ axes }) => axes.precision));
+};
+
+describe.skipIf(WHY_NOT !== "" || !precisions().includes("int8"))("int8", () => {
+  it("has the quality that its bundle promises", async () => {
+    const site = await serve();
+    const browser = await browse();
+    const page = await browser.page();
+    await page.goto(site.url);
+    await until(page, /^Ready/);
+    await page.click("summary");
+    await page.selectOption("#precision", "int8");
+    await until(page, /^Opening/, 5000).catch(() => "");
+    await until(page, /^Ready/);
+    expect(await page.textContent("#facts")).toContain("int8");
+    await page.click("#selftest");
+    await until(page, /^Self-test passed/);
+    await browser.close();
+    site.stop();
+  });
+});
+
 describe.skipIf(WHY_NOT !== "")("WebGPU by a software adapter", () => {
   it("draws the reference's picture from an fp32 variant", async () => {
     const site = await serve();

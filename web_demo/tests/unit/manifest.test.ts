@@ -45,6 +45,7 @@ const HOSTILE: [string, Uint8Array, string | RegExp][] = [
   ["two paths that differ in case", edited((raw) => raw.files.push({ ...raw.files[0]!, path: "UNET/unet.onnx" })), "listed twice"],
   ["itself in its files", edited((raw) => raw.files.push({ ...raw.files[0]!, path: "Manifest.json" })), "lists itself"],
   ["a used file that is not listed", edited((raw) => raw.files.shift()), "used but not listed"],
+  ["a plan that is not listed", edited((raw) => Object.assign(raw.components[0]!.variants[0]!, { plan: "plan.json" })), "used but not listed"],
   ["more bytes than a bundle has", edited((raw) => raw.files.forEach((file: { bytes: number }) => (file.bytes = 2 ** 36))), "bytes together"],
   ["a huge tensor", edited((raw) => (raw.components[0]!.variants[0]!.inputs = [tensor("sample", 2 ** 20, 2 ** 20)])), "elements"],
   ["too many dimensions", edited((raw) => (raw.components[0]!.variants[0]!.inputs = [tensor("sample", ...Array(9).fill(1) as number[])])), "more than 8"],
