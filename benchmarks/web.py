@@ -1,6 +1,6 @@
 """UNets in a browser: fp32 against int8 with one thread and two, in one run. JSON on stdout, a table on stderr.
 
-    python benchmarks/web.py FOLDER... [--seconds 30]
+    python benchmarks/web.py FOLDER... [--seconds 30] [--threads 2]
 
 FOLDER: an onnx-web bundle that holds both precisions, or a pair FP32,INT8 of folders with a UNet and a manifest.json
 each (`benchmarks/int8_speed.py make` writes such for a UNet of 215 M parameters). Per model and thread count both are
@@ -51,7 +51,7 @@ class Folders(serve.Site):
         return self.folders[int(parts[1])].joinpath(*parts[2:])  # type: ignore[attr-defined]
 
 
-def measure(spec: str, seconds: float) -> list[dict[str, Any]]:
+def measure(spec: str, seconds: float, threads: tuple[int, ...] = THREADS) -> list[dict[str, Any]]:
     """One row per thread count."""
     compared = models(spec)
     running = serve.server(Folders(serve.page_folder(), [folder for _, folder in compared]), port=0)
@@ -61,7 +61,7 @@ def measure(spec: str, seconds: float) -> list[dict[str, Any]]:
         {"name": precision, "address": f"{page}{serve.PAGE}/{number}/", "precision": precision}
         for number, (precision, _) in enumerate(compared)
     ]
-    jobs = [{"models": listed, "form": "wasm", "threads": threads, "seconds": seconds} for threads in THREADS]
+    jobs = [{"models": listed, "form": "wasm", "threads": count, "seconds": seconds} for count in threads]
     asked = json.dumps({"page": page, "jobs": jobs})
     made = subprocess.run(
         ["node", "scripts/bench.mjs"], cwd=WEB, input=asked, capture_output=True, text=True, check=False
@@ -93,8 +93,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", nargs="+")
     parser.add_argument("--seconds", type=float, default=30.0, help="per model and thread count")
+    parser.add_argument("--threads", type=int, action="append", help="repeatable; 1 and 2 if left out")
     asked = parser.parse_args()
-    rows = [one for spec in asked.folder for one in measure(spec, asked.seconds)]
+    threads = THREADS if asked.threads is None else tuple(asked.threads)
+    rows = [one for spec in asked.folder for one in measure(spec, asked.seconds, threads)]
     for one in rows:
         timed = "  ".join(
             f"{p} {one[p]['call'] * 1000:8.1f} ms (open {one[p]['open']:.2f} s)" for p in PRECISIONS if p in one

@@ -6,6 +6,7 @@ import {
   settingsFromJson, widthsOf,
   type DeviceState, type Limits, type OpenPipeline, type Picture, type Settings, type Shelf, type Start, type State, type Step,
 } from "../runtime/index.js";
+import { opens } from "../runtime/choose.js";
 import { OnnxSession } from "../runtime/onnx.js";
 import { runtime } from "./ort.js";
 import type { Job, Opened, Reply, Request, Wish } from "./messages.js";
@@ -107,23 +108,24 @@ async function openBundle(wish: Wish, signal: AbortSignal): Promise<void> {
   const pipeline = await openPipeline(bundle, options);
   open = { bundle, pipeline, shelf };
   if (!shelf.lasting) warnings.push("This address is not secure (https or localhost): the model is fetched anew at each visit.");
-  say({ type: "opened", opened: await describeOpen(open, files, { form, threads, frugal, warnings }) });
+  say({ type: "opened", opened: await describeOpen(open, files, { form, threads, frugal, warnings }, f16) });
 }
 
 async function describeOpen(
-  { bundle, pipeline, shelf }: Open, files: string[], more: Pick<Opened, "form" | "threads" | "frugal" | "warnings">,
+  { bundle, pipeline, shelf }: Open, files: string[], more: Pick<Opened, "form" | "threads" | "frugal" | "warnings">, f16: boolean,
 ): Promise<Opened> {
   const { manifest } = bundle;
   const sizes = new Map(manifest.files.map(({ path, bytes }) => [path, bytes]));
   const unet = manifest.components.find(({ name }) => name === "unet");
+  const { precision } = pipeline.session.variant("unet").axes;
   const saved = await shelf.get(PAUSED);
   return {
     ...more, name: manifest.model.name, sizePx: manifest.model.defaults.size_px, defaults: manifest.model.defaults,
     samplers: Object.fromEntries([...pipeline.samplers].map(([name, steps]) => [name, [...steps]])),
-    widths: widthsOf(manifest, "unet"), precisions: [...new Set(unet?.variants.map(({ axes }) => axes.precision))],
+    widths: widthsOf(manifest, "unet"), precisions: [...new Set(unet?.variants.filter((v) => v.axes.precision === precision || opens(v, more.form, f16)).map(({ axes }) => axes.precision))],
     policies: [...pipeline.policies.keys()], canStart: pipeline.session.has("vae_encoder"),
     prompts: pipeline.bank === null ? [] : pipeline.bank.prompts.filter((prompt) => prompt !== ""),
-    precision: pipeline.session.variant("unet").axes.precision, offline: bundle.offline,
+    precision, offline: bundle.offline,
     storedBytes: files.reduce((sum, path) => sum + (sizes.get(path) ?? 0), 0),
     saved: saved === null ? null : (readPaused(saved).settings.prompt ?? ""),
   };
