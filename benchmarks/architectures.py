@@ -1,6 +1,6 @@
 """Published architectures with random weights, as diffusers folders: for speed and memory, never for quality.
 
-python benchmarks/architectures.py sd15 FOLDER
+python benchmarks/architectures.py sd15|small FOLDER
 """
 
 from __future__ import annotations
@@ -12,10 +12,17 @@ import torch
 
 
 def save_sd15(folder: Path) -> None:
-    """Stable Diffusion 1.5's shapes (859.5 M parameters in the UNet), float16 weights, about 2 GB on disk.
+    """Stable Diffusion 1.5's shapes (859.5 M parameters in the UNet), about 2 GB on disk."""
+    _save(folder, (320, 640, 1280, 1280))
 
-    The tokenizer is the embedded model's: CLIP's own vocabulary is not ours to ship.
-    """
+
+def save_small(folder: Path) -> None:
+    """The same with half the channels (215 M parameters in the UNet): what fits phones and browsers, about 0.7 GB."""
+    _save(folder, (160, 320, 640, 640))
+
+
+def _save(folder: Path, channels: tuple[int, ...]) -> None:
+    """A whole pipeline in float16. The tokenizer is the embedded model's: CLIP's own vocabulary is not ours to ship."""
     from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
@@ -23,7 +30,9 @@ def save_sd15(folder: Path) -> None:
 
     torch.manual_seed(0)
     torch.set_default_dtype(torch.float16)
-    unet = UNet2DConditionModel(sample_size=64, cross_attention_dim=768, attention_head_dim=8)
+    unet = UNet2DConditionModel(
+        sample_size=64, cross_attention_dim=768, attention_head_dim=8, block_out_channels=channels
+    )
     vae = AutoencoderKL(
         block_out_channels=(128, 256, 512, 512), layers_per_block=2, latent_channels=4, sample_size=512,
         down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
@@ -46,7 +55,7 @@ def save_sd15(folder: Path) -> None:
     ).save_pretrained(folder)  # fmt: skip
 
 
-ARCHITECTURES = {"sd15": save_sd15}
+ARCHITECTURES = {"sd15": save_sd15, "small": save_small}
 
 if __name__ == "__main__":
     if len(sys.argv) != 3 or sys.argv[1] not in ARCHITECTURES:

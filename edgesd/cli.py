@@ -168,6 +168,7 @@ def package(
     minimum_target: Annotated[
         str, typer.Option("--minimum-target", help="Core ML: iOS17, iOS18, macOS14, macOS15.")
     ] = "iOS17",
+    palette: Annotated[int | None, typer.Option("--palette", help="Core ML, w8: weights as 6 or 8 bits.")] = None,
     compiled: Annotated[bool, typer.Option("--compiled", help="Core ML, on a Mac: compile with Xcode too.")] = False,
     revision: Annotated[str | None, typer.Option("--revision", help="Hub revision.")] = None,
     lora: Annotated[list[str] | None, typer.Option("--lora", help="FILE or FILE:scale; repeatable.")] = None,
@@ -216,7 +217,8 @@ def package(
         "source": model, "profile": profile, "precision": precision, "vae": vae,
         "samplers": tuple(sampler) if sampler else None,
         "size_px": parse_size(size_px) if size_px is not None else None, "forms": tuple(form) if form else None,
-        "batch2": batch2 if batch2 else None, "compiled": compiled if compiled else None, "revision": revision,
+        "batch2": batch2 if batch2 else None, "compiled": compiled if compiled else None,
+        "palette": palette, "revision": revision,
         "chunks": chunks if chunks != 1 else None,
         "minimum_target": minimum_target if minimum_target != "iOS17" else None,
         "steps": parse_steps(steps) if steps != "1-50" else None, "loras": tuple(lora) if lora else None,

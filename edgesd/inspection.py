@@ -41,7 +41,8 @@ _PLAIN = ("float32", "f32", "")
 def inspect(folder: Path | str) -> Sheet:
     """Components, variants, sizes, operations in each artefact, parameters, MACs, tables, provenance, downgrades.
 
-    Operations are counted by the target; where its packages are missing the rest is shown and `operations` is null.
+    Operations and int8 coverage are counted by the target; where its packages are missing the rest is shown and both
+    are null.
     Raises DataError for a broken bundle.
     """
     from edgesd import bundle, targets
@@ -79,7 +80,10 @@ def inspect(folder: Path | str) -> Sheet:
 def _variant(opened: Bundle, component: str, variant: Variant, target: Target | None) -> dict[str, Any]:
     sizes = {entry.path: entry.bytes for entry in opened.manifest.files}
     operations: dict[str, dict[str, int]] | None = None
+    covered: dict[str, int] | None = None
     if target is not None:
+        count = getattr(target, "coverage", None)
+        covered = asdict(count(opened.path(variant.files[0]))) if count is not None else None
         operations = {}
         for (kind, precision), count in sorted(target.count_operations(opened.path(variant.files[0])).counts.items()):
             operations.setdefault(kind, {})[precision] = count
@@ -99,6 +103,7 @@ def _variant(opened: Bundle, component: str, variant: Variant, target: Target | 
         "seconds": variant.seconds,
         "compute_units": variant.compute_units,
         "operations": operations,
+        "coverage": covered,
         "quantization": _quantization(opened, variant),
     }
 
@@ -137,6 +142,7 @@ def _inspected(manifest: Manifest, data: dict[str, Any], missing: str) -> list[S
             missing,
         ),
         *_operations(data["variants"]),
+        *_coverage(data["variants"]),
         *_quantized(data["variants"]),
         Section(
             "Sampler tables",
@@ -189,6 +195,20 @@ def _quantized(variants: list[dict[str, Any]]) -> list[Section]:
             title = f"{v['component']} {v['variant']}: what quantizing each layer alone costs"
             sections.append(Section(title, ("layer", "SNR dB", "made"), rows, note))
     return sections
+
+
+def _coverage(variants: list[dict[str, Any]]) -> list[Section]:
+    """How convolutions and linears compute, in shares of their MACs; only where a variant has int8 at all."""
+    rows = []
+    for v in variants:
+        found = v["coverage"]
+        if found is not None and found["int8"] + found["w8"]:
+            whole = found["int8"] + found["w8"] + found["floating"]
+            shares = (f"{found[key] / whole:.1%}" for key in ("int8", "w8", "floating"))
+            rows.append((v["component"], v["variant"], *shares, size(found["weight_bytes"])))
+    titles = ("component", "variant", "integer kernels", "int8 weights only", "float", "weights")
+    note = "Shares of the MACs of convolutions and linears, counted in the artefact as its runtime executes it."
+    return [Section("Int8", titles, tuple(rows), note)] if rows else []
 
 
 # ---- samplers --------------------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from edgesd.buildplan import BuildPlan, Planned
+from edgesd.compress.quantplan import QUANTIZED
 from edgesd.models.session import PART_OF
 from edgesd.runtime.session import Arrays, Session, Watched
 from edgesd.stages import key as stage_key
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
     from edgesd.manifest import Axes, ModelSpec
     from edgesd.models.modules import Component
 
-QUANTIZED = ("int8", "hybrid", "w8")
 CALLS, CALLS_OF_LARGE = 240, 80  # UNet rows recorded; the second where a whole run of a model takes minutes
 LARGE_PARAMS = 200_000_000
 PASS_MACS = 1.2e13  # what one pass over the calls of a component may cost: 30 rows of SD 1.5's UNet

@@ -31,9 +31,10 @@ class Recipe(BaseModel):
     samplers: names whose tables ship; steps: the range of step counts each holds.
     size_px: (height, width), multiples of the model's downscale. batch2: also a UNet for guidance in one call.
     forms: a target's flavours beside its own. minimum_target, compiled (by Xcode, on a Mac), chunks (UNet in so many
-    pieces): Core ML alone. unet, text_encoder: folders to swap those parts. tokenizer, prediction: for a single file.
-    loras, embeddings: "FILE:scale", "FILE:word". clip_skip: text layers left out. long_prompt: tokens a prompt may
-    have. prompt_bank: file of the only prompts the bundle will know. max_ram_bytes: what packaging may hold in memory.
+    pieces), palette (bits of a weight, in w8): Core ML alone. unet, text_encoder: folders to swap those parts.
+    tokenizer, prediction: for a single file. loras, embeddings: "FILE:scale", "FILE:word". clip_skip: text layers left
+    out. long_prompt: tokens a prompt may have. prompt_bank: file of the only prompts the bundle will know.
+    max_ram_bytes: what packaging may hold in memory.
     device_classes: devices to predict the fit for (edgesd.devices). calibration: a set of recorded calls for int8,
     recorded anew if None. gate_db: what one call of each int8 component must reach against float; None = by component.
     """
@@ -53,6 +54,7 @@ class Recipe(BaseModel):
     forms: tuple[str, ...] = ()
     minimum_target: Literal["iOS17", "iOS18", "macOS14", "macOS15"] = "iOS17"
     compiled: bool = False
+    palette: Literal[6, 8] | None = None
     chunks: Annotated[int, Field(ge=1, le=8)] = 1
     seed: Annotated[int, Field(ge=0, le=2**53 - 1)] = 0
     unet: str | None = None

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Protocol, cast
 from edgesd.errors import RequestError, SetupError
 
 if TYPE_CHECKING:
-    from edgesd.compress.quantize import QuantPlan
+    from edgesd.compress.quantplan import QuantPlan
     from edgesd.manifest import Axes, Downgrade, Manifest, TensorSpec
     from edgesd.runtime.session import Session
 
@@ -75,6 +75,19 @@ class OpCount:
     counts: dict[tuple[str, str], int] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class Coverage:
+    """Convolutions and linears of one artefact by how it computes them, in MACs of one call; what its weights take.
+
+    int8: integer kernels; w8: int8 weights widened for float arithmetic (or a palette); floating: the rest.
+    """
+
+    int8: int = 0
+    w8: int = 0
+    floating: int = 0
+    weight_bytes: int = 0
+
+
 class Target(Protocol):
     """What a target module offers. Vendor SDKs are imported inside the functions.
 
@@ -86,7 +99,8 @@ class Target(Protocol):
     form_status, the same by form where it differs ("unverified": meant for a runtime that is not here);
     form_components, the components that have a form where not all do; lower_options, fields of
     the recipe that `lower` takes; chunked, that a UNet may come in pieces; speed_is_meaningful() -> bool;
-    check_plan(component, bytes, axes), which refuses what it cannot hold.
+    check_plan(component, bytes, axes), which refuses what it cannot hold; coverage(path) -> Coverage, counted in the
+    artefact as its runtime executes it.
 
     `lower` takes the float component, its weights those the plan was made for (`compress.quantize.adjusted`), and for
     the precisions int8, hybrid and w8 the plan: it writes the integers in the layout its converter takes, counts them

@@ -5,10 +5,15 @@ half is made in torch before export, not by rewriting the graph afterwards: the 
 itself, norms keep float32 sums, the timestep's sinusoids stay float32, and no pair of casts is left behind. On a
 desktop processor onnxruntime computes most float16 operations in float32, so what is measured there says that the
 float16 weights and the graph are right, not how a browser's adapter rounds.
+
+int8, hybrid and w8 (form "wasm"): int8 weights behind DequantizeLinear, uint8 activations between QuantizeLinear and
+DequantizeLinear, which onnxruntime fuses with the layer behind them into one integer kernel. A convolution has such a
+kernel only where its output is quantized too; a linear keeps its float output.
 """
 
 from __future__ import annotations
 
+import math
 import tempfile
 from collections import Counter
 from dataclasses import replace
@@ -16,12 +21,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgesd.errors import GateError, RequestError
-from edgesd.targets import Capabilities, Lowered, OpCount
+from edgesd.targets import Capabilities, Coverage, Lowered, OpCount, _int8, _qdq
 from edgesd.targets._quiet import quiet
 
 if TYPE_CHECKING:
     import numpy as np
 
+    from edgesd.compress.quantplan import QuantPlan
     from edgesd.manifest import Axes, Manifest, Variant
     from edgesd.models.modules import Component
     from edgesd.runtime.session import Session
@@ -33,9 +39,10 @@ lower_extra = "onnx-export"
 modules = ("onnxruntime",)
 lower_modules = ("torch", "onnx", "onnxscript")
 capabilities = Capabilities(
-    precisions=("fp32", "fp16"),
+    precisions=("fp32", "fp16", "int8", "hybrid", "w8"),
     max_file_bytes=(1 << 31) - (1 << 20),  # protobuf's limit, and the largest buffer of a browser
     forms=("wasm", "webgpu"),
+    int8_outputs=("conv",),
 )
 
 default_variants = (("fp32", "wasm"), ("fp16", "webgpu"))
@@ -44,6 +51,9 @@ form_status = {"webgpu": "unverified"}  # measured on this processor; its own ad
 # A browser's 32-bit WebAssembly memory ends at 4 GiB. There the weights stand twice while a session is made (file and
 # prepacked), so half is for them; with WebGPU they move on to the adapter's memory shard by shard.
 MEMORY_BYTES = {"wasm": 2 << 30, "webgpu": 4 << 30}
+
+# onnxruntime's integer kernels; a weight among the inputs of one is computed with as it is stored.
+_INTEGER = ("QLinearConv", "QLinearMatMul", "MatMulIntegerToFloat", "QGemm")
 
 OPSET = 21
 IR_VERSION = 10  # of opset 21; runtimes refuse versions newer than themselves
@@ -59,10 +69,13 @@ def check_plan(component_name: str, predicted_bytes: int, axes: Axes) -> None:
         raise RequestError(came, f"up to {MEMORY_BYTES[form] >> 30} GiB in a browser's 32-bit memory", f"Choose {fits}")
 
 
-def lower(component: Component, axes: Axes, directory: Path, **options: Any) -> Lowered:
+def lower(
+    component: Component, axes: Axes, directory: Path, *, plan: QuantPlan | None = None, **options: Any
+) -> Lowered:
     """Writes `<component>.onnx` and its weights beside it: `<component>.data`, or shards below the file limit.
 
-    Takes no options. Raises RequestError for a precision or form it does not make ("" is the precision's usual form).
+    Takes no options. Raises RequestError for a precision or form it does not make ("" is the precision's usual form) or
+    one without its plan, GateError (the exporter refuses an operation; less int8 than planned).
     """
     if options:
         raise RequestError(f"option {min(options)!r} for target {name}", "no options", "Leave it out")
@@ -74,15 +87,29 @@ def lower(component: Component, axes: Axes, directory: Path, **options: Any) -> 
 
     # ONNX Runtime has no GroupNormalization kernel for browsers: it expands each into 25 operations, shape arithmetic
     # and all. Its InstanceNormalization is one kernel on WASM and on WebGPU.
-    component = replace(component, module=instance_norms(component.module))
-    graph = _export(half(component) if axes.precision == "fp16" else component)
+    plan, lost = _int8.planned(component, axes, plan, capabilities)
+    shaped = component
+    if plan is not None:
+        from edgesd.compress.quantize import quantized
+
+        shaped = quantized(component, plan, "folded", capabilities.int8_outputs, linear_form="matmul")
+    elif axes.precision == "fp16":
+        shaped = half(component)
+    graph = _export(replace(shaped, module=instance_norms(shaped.module)))
+    if plan is not None:
+        _qdq.make_uint8(graph)
+        _qdq.make_integer_biases(graph)
     _strip(graph)
     files = _save(graph, component.name, directory)
-    return Lowered(files=files, inputs=component.inputs, outputs=component.outputs)
+    if plan is not None:
+        _int8.hold(component.name, _int8.expected(component, plan, 4), coverage(directory / files[0]))
+    return Lowered(files, component.inputs, component.outputs, lost, plan=plan)
 
 
 def forms(precision: str) -> tuple[str, ...]:
     """The forms a precision comes in, its usual one first. WASM processors have no float16 arithmetic."""
+    if precision in _int8.QUANTIZED:
+        return ("wasm",)  # WebGPU has no integer convolutions
     return ("webgpu",) if precision == "fp16" else ("wasm", "webgpu")
 
 
@@ -102,6 +129,46 @@ def count_operations(path: Path) -> OpCount:
     Needs the package onnx to read the optimised graph.
     """
     import onnx
+
+    graph = onnx.shape_inference.infer_shapes(_optimised(path)).graph  # names the types that onnxruntime left out
+    types = {v.name: v.type.tensor_type.elem_type for v in (*graph.value_info, *graph.output, *graph.input)}
+    types |= {tensor.name: tensor.data_type for tensor in graph.initializer}
+    counts: Counter[tuple[str, str]] = Counter()
+    for node in graph.node:
+        kind = next((types[value] for value in (*node.output, *node.input) if types.get(value)), onnx.TensorProto.FLOAT)
+        counts[node.op_type, onnx.helper.tensor_dtype_to_np_dtype(kind).name] += 1
+    return OpCount(dict(counts))
+
+
+def coverage(path: Path) -> Coverage:
+    """Integer kernels as onnxruntime's optimised graph has them, weights and MACs as the file has them."""
+    import onnx
+
+    integers = {name for node in _optimised(path).graph.node if node.op_type in _INTEGER for name in node.input}
+    graph = onnx.shape_inference.infer_shapes(onnx.load(path, load_external_data=False)).graph
+    stored = {tensor.name: tensor for tensor in graph.initializer}
+    made_by = {value: node for node in graph.node for value in node.output}
+    shapes = {v.name: [d.dim_value for d in v.type.tensor_type.shape.dim] for v in (*graph.value_info, *graph.output)}
+    macs: Counter[str] = Counter()
+    for node in graph.node:
+        if node.op_type not in ("Conv", "MatMul", "Gemm"):
+            continue
+        source = node.input[1]
+        while source in made_by and made_by[source].op_type in ("DequantizeLinear", "Transpose", "Cast"):
+            source = made_by[source].input[0]
+        if source not in stored:
+            continue  # a product of two activations
+        weight, out = stored[source], shapes[node.output[0]]
+        channels = weight.dims[0] if node.op_type == "Conv" else out[-1]
+        kind = "int8" if source in integers else "w8" if weight.data_type == onnx.TensorProto.INT8 else "floating"
+        macs[kind] += math.prod(out) * math.prod(weight.dims) // channels
+    sizes = (math.prod(t.dims) * onnx.helper.tensor_dtype_to_np_dtype(t.data_type).itemsize for t in stored.values())
+    return Coverage(**macs, weight_bytes=sum(sizes))
+
+
+def _optimised(path: Path) -> Any:
+    """The graph as onnxruntime runs it here; its weights are left aside."""
+    import onnx
     import onnxruntime
 
     with tempfile.TemporaryDirectory() as scratch:
@@ -110,15 +177,7 @@ def count_operations(path: Path) -> OpCount:
         settings.add_session_config_entry("session.optimized_model_external_initializers_file_name", "optimised.data")
         settings.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
         onnxruntime.InferenceSession(str(path), settings, providers=["CPUExecutionProvider"])
-        optimised = onnx.load(settings.optimized_model_filepath, load_external_data=False)
-    graph = onnx.shape_inference.infer_shapes(optimised).graph  # names the types that onnxruntime left out
-    types = {v.name: v.type.tensor_type.elem_type for v in (*graph.value_info, *graph.output, *graph.input)}
-    types |= {tensor.name: tensor.data_type for tensor in graph.initializer}
-    counts: Counter[tuple[str, str]] = Counter()
-    for node in graph.node:
-        kind = next((types[value] for value in (*node.output, *node.input) if types.get(value)), onnx.TensorProto.FLOAT)
-        counts[node.op_type, onnx.helper.tensor_dtype_to_np_dtype(kind).name] += 1
-    return OpCount(dict(counts))
+        return onnx.load(settings.optimized_model_filepath, load_external_data=False)
 
 
 def runtime_version() -> str:

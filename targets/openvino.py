@@ -1,21 +1,25 @@
 """openvino: IR files (`.xml`, `.bin`) for OpenVINO on Intel processors, GPUs and NPUs. Static shapes: NPUs ask it.
 
-fp16 halves the weights on disk; what the arithmetic is done in is the device's choice at run time, unless told.
+fp16 halves the weights on disk; what the arithmetic is done in is the device's choice at run time, unless told. int8:
+each planned layer has a FakeQuantize in front and an int8 weight, which the plugin turns into integer kernels; what
+stays float is stored as float16.
 """
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgesd.errors import GateError, RequestError, SetupError
-from edgesd.targets import Capabilities, Lowered, OpCount
+from edgesd.targets import Capabilities, Coverage, Lowered, OpCount, _int8
 from edgesd.targets._quiet import quiet
 
 if TYPE_CHECKING:
     import numpy as np
 
+    from edgesd.compress.quantplan import QuantPlan
     from edgesd.manifest import Axes, Manifest, Variant
     from edgesd.models.modules import Component
     from edgesd.runtime.session import Session
@@ -25,16 +29,19 @@ name = "openvino"
 extra = "openvino"
 modules = ("openvino",)
 lower_modules = ("torch", "openvino")
-capabilities = Capabilities(precisions=("fp16", "fp32"), layout="unfolded")
+capabilities = Capabilities(precisions=("fp16", "fp32", "int8", "hybrid", "w8"), layout="unfolded")
 
 HINTS = ("f32", "native")
 
 
-def lower(component: Component, axes: Axes, directory: Path, **options: Any) -> Lowered:
+def lower(
+    component: Component, axes: Axes, directory: Path, *, plan: QuantPlan | None = None, **options: Any
+) -> Lowered:
     """Writes `<component>.xml` and `<component>.bin`. Takes no options.
 
-    fp16: the weights are stored in float16 and widened at load where the device computes in float32.
-    Raises RequestError (precision, form), GateError (the converter refuses an operation).
+    fp16: the weights are stored in float16 and widened at load where the device computes in float32. int8, hybrid, w8:
+    as `plan` says; floats beside it in float16, scales in float32.
+    Raises RequestError (precision, form, plan), GateError (the converter refuses an operation; less int8 than planned).
     """
     if options:
         raise RequestError(f"option {min(options)!r} for target {name}", "no options", "Leave it out")
@@ -43,10 +50,19 @@ def lower(component: Component, axes: Axes, directory: Path, **options: Any) -> 
         raise RequestError(f"{axes.precision} {axes.form} for target {name}", allowed, "Choose one of these")
     import openvino as ov
 
-    model = _convert(component)
+    plan, lost = _int8.planned(component, axes, plan, capabilities)
     graph, weights = Path(f"{component.name}.xml"), Path(f"{component.name}.bin")
-    ov.save_model(model, directory / graph, compress_to_fp16=axes.precision == "fp16")
-    return Lowered(files=(graph, weights), inputs=component.inputs, outputs=component.outputs)
+    if plan is None:
+        model = _convert(component)
+    else:
+        from edgesd.compress.quantize import quantized
+
+        model = _convert(quantized(component, plan, "unfolded", capabilities.int8_outputs))
+    ov.save_model(model, directory / graph, compress_to_fp16=axes.precision != "fp32")
+    if plan is not None:
+        del model  # a float copy of the weights
+        _int8.hold(component.name, _int8.expected(component, plan, 2), coverage(directory / graph))
+    return Lowered((graph, weights), component.inputs, component.outputs, lost, plan=plan)
 
 
 def open(
@@ -100,6 +116,40 @@ def count_operations(path: Path) -> OpCount:
         facts = layer.get_rt_info()
         counts[facts["layerType"].astype(str), facts["runtimePrecision"].astype(str)] += 1
     return OpCount({key: count for key, count in counts.items() if key[0] not in ("Input", "Output", "Const")})
+
+
+def coverage(path: Path) -> Coverage:
+    """Integer layers as the CPU plugin runs them with native precision; int8 weights as the file has them."""
+    import openvino as ov
+
+    core = ov.Core()
+    model = core.read_model(path)
+    layers = [found for op in model.get_ops() if (found := _layer(op)) is not None]
+    whole, stored = sum(macs for macs, _ in layers), sum(macs for macs, is_int8 in layers if is_int8)
+    integers = 0
+    for ran in core.compile_model(model, "CPU", {"INFERENCE_NUM_THREADS": 1}).get_runtime_model().get_ops():
+        facts = ran.get_rt_info()
+        kernel, precision = facts["layerType"].astype(str), facts["runtimePrecision"].astype(str)
+        if kernel in ("Convolution", "FullyConnected") and precision in ("i8", "u8"):
+            weight = list(ran.input_value(1).get_shape())
+            integers += math.prod(ran.get_output_shape(0)) * math.prod(weight) // weight[0]
+    return Coverage(integers, stored - integers, whole - stored, path.with_suffix(".bin").stat().st_size)
+
+
+def _layer(op: Any) -> tuple[int, bool] | None:
+    """(MACs, whether its weight is stored in int8) of a convolution or linear; None for anything else."""
+    if op.get_type_name() not in ("Convolution", "MatMul"):
+        return None
+    shape, is_int8 = list(op.input_value(1).get_shape()), False
+    weight = op.input_value(1).get_node()
+    while weight.get_type_name() in ("Convert", "Multiply", "Subtract", "Reshape", "Transpose", "FakeQuantize"):
+        weight = weight.input_value(0).get_node()
+        is_int8 = is_int8 or str(weight.get_output_element_type(0)) in ("<Type: 'int8_t'>", "<Type: 'uint8_t'>")
+    if weight.get_type_name() != "Constant":
+        return None  # a product of two activations
+    out = list(op.get_output_shape(0))
+    channels = shape[0] if op.get_type_name() == "Convolution" else out[-1]
+    return math.prod(out) * math.prod(shape) // channels, is_int8
 
 
 def runtime_version() -> str:

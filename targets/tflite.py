@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import math
 import os
 import tempfile
 from collections import Counter
@@ -16,12 +17,13 @@ from typing import TYPE_CHECKING, Any
 
 from edgesd.errors import DataError, GateError, RequestError
 from edgesd.manifest import Downgrade, TensorSpec
-from edgesd.targets import Capabilities, Lowered, OpCount, _tflite_file, _tflite_gpu
+from edgesd.targets import Capabilities, Coverage, Lowered, OpCount, _int8, _tflite_file, _tflite_gpu
 
 if TYPE_CHECKING:
     import numpy as np
     import torch
 
+    from edgesd.compress.quantplan import QuantPlan
     from edgesd.manifest import Axes, Manifest, Variant
     from edgesd.models.modules import Component
     from edgesd.runtime.session import Session
@@ -33,15 +35,16 @@ lower_extra = "litert-export"
 modules = ("ai_edge_litert",)
 lower_modules = ("torch", "litert_torch", "ai_edge_quantizer")
 capabilities = Capabilities(
-    precisions=("fp32", "fp16", "int8"),
+    precisions=("fp32", "fp16", "int8", "hybrid", "w8"),
     max_file_bytes=(2 << 30) - 1,  # flatbuffer offsets are signed 32-bit numbers
     index_dtype="int32",
     layout="unfolded",
     forms=("", "gpu"),
+    int8_outputs=("conv", "linear"),
 )
 form_status = {"gpu": "unverified"}  # measured on this processor; its own accelerator is in a phone
 
-_WEIGHT_BYTES = {"fp32": 4, "fp16": 2, "int8": 1}
+_WEIGHT_BYTES = {"fp32": 4, "fp16": 2, "int8": 1, "hybrid": 1, "w8": 1}
 
 
 def check_plan(component_name: str, predicted_bytes: int, axes: Axes) -> None:
@@ -53,7 +56,7 @@ def check_plan(component_name: str, predicted_bytes: int, axes: Axes) -> None:
     if limit is None or predicted_bytes <= limit:
         return
     weights = predicted_bytes / _WEIGHT_BYTES[axes.precision]
-    fits = [precision for precision, each in _WEIGHT_BYTES.items() if weights * each <= limit]
+    fits = [p for p in ("fp32", "fp16", "int8") if weights * _WEIGHT_BYTES[p] <= limit]
     raise RequestError(
         f"{component_name} in {axes.precision} needs {predicted_bytes / 2**30:.2f} GiB in one .tflite file",
         f"up to {limit / 2**30:.0f} GiB (the flatbuffer format)",
@@ -61,31 +64,43 @@ def check_plan(component_name: str, predicted_bytes: int, axes: Axes) -> None:
     )
 
 
-def lower(component: Component, axes: Axes, directory: Path, **options: Any) -> Lowered:
+def lower(
+    component: Component, axes: Axes, directory: Path, *, plan: QuantPlan | None = None, **options: Any
+) -> Lowered:
     """Writes `<component>.tflite` into `directory`. Takes no options.
 
     The file's signature carries the component's own input and output names; token ids are int32, everything else at
-    the border is float32. fp16: weights are stored as float16 and dequantized by the runtime. int8: the module holds
-    quantize/dequantize pairs around input, weight (not folded) and output of each int8 layer, and they become integer
-    operations. Form "gpu": see docs/tflite.md. A failure leaves `directory` as it was.
-    Raises RequestError (precision, form, size), GateError (the converter, or the GPU delegate's rules, refuse an
-    operation).
+    the border is float32. fp16: weights are stored as float16 and dequantized by the runtime. int8, hybrid, w8: as
+    `plan` says, but for int8 layers at the border (a downgrade: weight-only). Form "gpu": see docs/tflite.md. A failure
+    leaves `directory` as it was.
+    Raises RequestError (precision, form, size, plan), GateError (the converter, or the GPU delegate's rules, refuse an
+    operation; less int8 than planned).
     """
     _check_request(axes, options)
+    plan, lost = _int8.planned(component, axes, plan, capabilities)
     weights = sum(p.numel() for p in component.module.parameters())
     check_plan(component.name, weights * _WEIGHT_BYTES[axes.precision], axes)
     inputs = tuple(
         spec.model_copy(update={"dtype": "int32"}) if spec.dtype == "int64" else spec for spec in component.inputs
     )
+    shaped = component
+    if plan is not None:
+        from edgesd.targets import _tflite_int8
+
+        plan, border = _tflite_int8.without_border(component, plan)
+        lost += border
+        shaped = _tflite_int8.shaped(component, plan, capabilities.int8_outputs)
     file = Path(f"{component.name}.tflite")
     with tempfile.TemporaryDirectory(dir=directory, prefix=".tflite-") as scratch:
         made = Path(scratch) / "float32.tflite"
-        _convert(component, made, axes)
+        _convert(shaped, made, axes)
         if axes.precision == "fp16":
             made = _halve_weights(made, Path(scratch) / "float16.tflite", tables=axes.form != "gpu")
         _check_made(made, axes, inputs, component.outputs)
+        if plan is not None:
+            _int8.hold(component.name, _int8.expected(component, plan, 4), coverage(made))
         os.replace(made, directory / file)
-    return Lowered((file,), inputs, tuple(component.outputs), _downgrades(component, axes))
+    return Lowered((file,), inputs, tuple(component.outputs), (*lost, *_downgrades(component, axes)), plan=plan)
 
 
 def _downgrades(component: Component, axes: Axes) -> tuple[Downgrade, ...]:
@@ -111,13 +126,6 @@ def _check_made(path: Path, axes: Axes, inputs: tuple[TensorSpec, ...], outputs:
     operations = _tflite_file.read_operations(path)
     if axes.form == "gpu":
         _tflite_gpu.check(operations)
-    integer = any(op.name in ("CONV_2D", "FULLY_CONNECTED") and op.outputs[0].dtype == "int8" for op in operations)
-    if axes.precision == "int8" and not integer:
-        raise GateError(
-            f"{path.stem} has no int8 convolution or linear operation",
-            "quantize/dequantize pairs on input, weight and output of a layer",
-            "Quantize the component in the unfolded layout before lowering it",
-        )
     if (wrong := _tflite_file.signature_fault(path, inputs, outputs)) is not None:
         raise GateError(
             f"the converter made a file with {wrong}",
@@ -139,11 +147,12 @@ def _convert(component: Component, path: Path, axes: Axes) -> None:
             for spec, value in zip(component.inputs, component.example, strict=True)
         }
         try:
-            made = litert_torch.convert(
-                _named(component, gpu=axes.form == "gpu"),
-                sample_kwargs=arguments,
-                quant_config=_integer_mode() if axes.precision == "int8" else None,
-            )
+            with _layouts_kept(axes):
+                made = litert_torch.convert(
+                    _named(component, gpu=axes.form == "gpu"),
+                    sample_kwargs=arguments,
+                    quant_config=_integer_mode() if axes.precision in _int8.QUANTIZED else None,
+                )
             made.export(str(path))
         except Exception as error:  # the converter raises whatever its passes raise
             reason = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
@@ -152,6 +161,14 @@ def _convert(component: Component, path: Path, axes: Axes) -> None:
                 "operations litert-torch knows",
                 "Choose another target for this model",
             ) from error
+
+
+def _layouts_kept(axes: Axes) -> contextlib.AbstractContextManager[None]:
+    if axes.precision not in _int8.QUANTIZED:
+        return contextlib.nullcontext()
+    from edgesd.targets import _tflite_int8
+
+    return _tflite_int8.layouts_kept()
 
 
 def _integer_mode() -> Any:
@@ -237,6 +254,30 @@ def count_operations(path: Path) -> OpCount:
     """Operations by builtin name and dtype of their first output, read from the flatbuffer. Raises DataError."""
     operations = _tflite_file.read_operations(path)
     return OpCount(dict(Counter((op.name, op.outputs[0].dtype if op.outputs else "") for op in operations)))
+
+
+def _itemsize(dtype: str) -> int:
+    digits = "".join(filter(str.isdigit, dtype))
+    return max(1, int(digits) // 8) if digits else 1
+
+
+def coverage(path: Path) -> Coverage:
+    """Integer layers by the types of their tensors. Raises DataError."""
+    macs: Counter[str] = Counter()
+    widened: dict[str, str] = {}  # what a DEQUANTIZE gives: the type it came from
+    stored: dict[str, int] = {}
+    for op in _tflite_file.read_operations(path):
+        stored |= {x.name: math.prod(x.shape) * _itemsize(x.dtype) for x in op.inputs if x.constant}
+        if op.name == "DEQUANTIZE" and op.inputs[0].constant:
+            widened[op.outputs[0].name] = op.inputs[0].dtype
+        if op.name in ("CONV_2D", "FULLY_CONNECTED"):
+            x, weight = op.inputs[:2]
+            if not weight.constant and weight.name not in widened:
+                continue
+            kept = widened.get(weight.name, weight.dtype)
+            kind = "int8" if (x.dtype, weight.dtype) == ("int8", "int8") else "w8" if kept == "int8" else "floating"
+            macs[kind] += math.prod(op.outputs[0].shape) * math.prod(weight.shape) // weight.shape[0]
+    return Coverage(**macs, weight_bytes=sum(stored.values()))
 
 
 def runtime_version() -> str:

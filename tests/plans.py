@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from edgesd.compress.quantize import LayerPlan, QuantPlan, Scale, quantizable
+from edgesd.models.count import count
 
 
 def grid(x: torch.Tensor) -> Scale:
@@ -28,10 +29,11 @@ def simple_plan(component, precision: str = "int8", floats: tuple[str, ...] = ()
     for hook in hooks:
         hook.remove()
     modes = {"int8": {}, "hybrid": {"linear": "w8"}, "w8": {"linear": "w8", "conv": "w8"}}[precision]
+    macs = count(component.module, component.example).by_module
     layers = tuple(
         LayerPlan(
             name=name, kind=kind, mode="float" if name in floats else modes.get(kind, "int8"), why="test",
-            input=seen[name][0], output=seen[name][1], macs=1000,
+            input=seen[name][0], output=seen[name][1], macs=macs[name],
             params=sum(p.numel() for p in component.module.get_submodule(name).parameters()),
         )
         for name, kind in quantizable(component.module).items()
@@ -40,3 +42,9 @@ def simple_plan(component, precision: str = "int8", floats: tuple[str, ...] = ()
     return QuantPlan(
         component=component.name, precision=precision, source_sha256="0" * 64, calibration="example", layers=layers
     )
+
+
+def ends(component) -> tuple[str, ...]:
+    """The layers that meet the component's border, and those of the time path: what no plan of edgesd's quantizes."""
+    marks = ("conv_in", "conv_out", "time_emb", "quant_conv", "layers.0", "to_k", "to_v", "add_embedding", "projection")
+    return tuple(name for name in quantizable(component.module) if any(mark in name for mark in marks))

@@ -72,6 +72,7 @@ class _Quantized(nn.Module):
 
     def __init__(self, layer: Any, plan: LayerPlan, outputs: bool) -> None:
         super().__init__()
+        _ops()  # before an exporter looks for them
         for name in ("out_features", "in_features", "out_channels", "in_channels"):
             if hasattr(layer, name):
                 setattr(self, name, getattr(layer, name))

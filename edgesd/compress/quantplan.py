@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from edgesd.targets import Capabilities
 
 LOW, HIGH = -128, 127  # activations
+QUANTIZED = ("int8", "hybrid", "w8")  # precisions that come with a plan
 Mode = Literal["int8", "w8", "float"]
 Kind = Literal["conv", "linear"]
 

@@ -121,6 +121,22 @@ class Gate(nn.Module):
         return both[..., :inner] * nn.functional.gelu(both[..., inner:])
 
 
+class Pointwise(nn.Module):
+    """A linear layer on [..., K] as a 1x1 convolution: the same product, on the same weights."""
+
+    def __init__(self, linear: Any) -> None:
+        super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.conv = nn.Conv2d(linear.in_features, linear.out_features, 1, bias=linear.bias is not None, device="meta")
+        self.conv.weight = nn.Parameter(linear.weight.detach()[:, :, None, None], requires_grad=False)
+        if linear.bias is not None:
+            self.conv.bias = linear.bias
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        rows = x.reshape(1, -1, 1, self.in_features).permute(0, 3, 1, 2)
+        return self.conv(rows).permute(0, 2, 3, 1).reshape(*x.shape[:-1], self.out_features)
+
+
 class Sinusoids(nn.Module):
     """diffusers' `Timesteps`: [N] -> [N, channels] float32, with the frequencies as constants."""
 

@@ -9,37 +9,45 @@ from __future__ import annotations
 import math
 import sys
 from collections import Counter
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgesd.errors import DataError, RequestError
-from edgesd.targets import Capabilities, Lowered, OpCount
+from edgesd.targets import Capabilities, Coverage, Lowered, OpCount, _int8
 
 if TYPE_CHECKING:
     import numpy as np
 
+    from edgesd.compress.quantplan import QuantPlan
     from edgesd.manifest import Axes, Manifest, Variant
     from edgesd.models.modules import Component
     from edgesd.runtime.session import Session
     from edgesd.targets._session import Call
+    from edgesd.targets.coreml.package import Operation
 
 name = "coreml"
 extra = "coreml"
 modules = ("coremltools",) if sys.platform == "darwin" else ("coremltools", "torch")
 lower_modules = ("torch", "coremltools")
 capabilities = Capabilities(
-    precisions=("fp16", "fp32", "int8", "w8"), index_dtype="int32", layout="folded", forms=("", "split_einsum")
+    precisions=("fp16", "fp32", "int8", "hybrid", "w8"),
+    index_dtype="int32",
+    layout="folded",
+    forms=("", "split_einsum"),
 )
-lower_options = ("minimum_target", "compiled")  # fields of a recipe that `lower` takes
+lower_options = ("minimum_target", "compiled", "palette")  # fields of a recipe that `lower` takes
 form_components = {"split_einsum": ("unet",)}
 chunked = True  # a UNet may come in pieces
 status = "executed" if sys.platform == "darwin" else "interpreted"
 
 MINIMUM_TARGETS = ("iOS17", "iOS18", "macOS14", "macOS15")
+PALETTE_TARGETS = ("iOS17", "macOS14")
 COMPUTE_UNITS = ("all", "cpuOnly", "cpuAndGPU", "cpuAndNeuralEngine")
 IOS_WEIGHT_BYTES = 10**9  # of one package: above it, phones fail to load or to compile it
 MOST_CHUNKS = 8
-_WEIGHT_BYTES = {"fp32": 4, "fp16": 2, "int8": 1, "w8": 1}
+_WEIGHT_BYTES = {"fp32": 4, "fp16": 2, "int8": 1, "hybrid": 1, "w8": 1}
 
 
 def check_plan(component_name: str, predicted_bytes: int, axes: Axes, minimum_target: str = "iOS17") -> None:
@@ -73,21 +81,26 @@ def lower(
     minimum_target: str = "iOS17",
     compute_units: str | None = None,
     compiled: bool = False,
+    palette: int | None = None,
+    plan: QuantPlan | None = None,
     **options: Any,
 ) -> Lowered:
     """Writes `<component>.mlpackage` (a folder; `<component>_1of2.mlpackage` for a chunk) into `directory`.
 
     Token ids are int32 and everything else at the border is float32, except what passes between fp16 chunks. fp16 and
-    int8: all is computed in float16 but the sines of the timestep. int8: the module holds int8 weights behind
-    dequantize (folded) and quantize/dequantize pairs around activations; w8: the weights alone.
+    int8: all is computed in float16 but the sines of the timestep. int8, hybrid, w8: as `plan` says, int8 weights as
+    constexpr_affine_dequantize and quantize/dequantize pairs around the inputs of int8 layers.
+    palette: 6 or 8: in w8, the weights of convolutions and linears are indices of so many bits into a table of their
+    own (k-means) in place of scaled integers.
     axes.form: "" or "split_einsum" (docs/coreml.md). axes.chunk (i, n): piece i of the UNet cut into n.
     compute_units: one of COMPUTE_UNITS for the manifest, by default the one that suits component and form.
     compiled: also compile with Xcode (macOS; elsewhere a recorded downgrade). The same input gives the same bytes.
     A failure leaves `directory` as it was.
-    Raises RequestError (precision, form, target, size), GateError (Core ML cannot express an operation).
+    Raises RequestError (precision, form, target, size, plan), GateError (Core ML cannot express an operation; less
+    int8 than planned).
     """
     if options:
-        allowed = "minimum_target, compute_units, compiled"
+        allowed = "minimum_target, compute_units, compiled, palette"
         raise RequestError(f"option {min(options)!r} for target {name}", allowed, "Leave it out")
     units = _compute_units(component.name, axes) if compute_units is None else compute_units
     for what, value, known in (
@@ -101,9 +114,19 @@ def lower(
             raise RequestError(f"{what} {value!r} for target {name}", allowed, "Choose one of these")
     from edgesd.targets.coreml import convert
 
-    piece = convert.shaped(component, axes)
+    if palette is not None and (axes.precision, palette) not in (("w8", 6), ("w8", 8)):
+        came = f"a palette of {palette} bits in {axes.precision}"
+        raise RequestError(came, "6 or 8 bits, in w8", "Change --palette, or add --precision w8")
+    if palette is not None and minimum_target not in PALETTE_TARGETS:
+        raise RequestError(f"a palette for {minimum_target}", ", ".join(PALETTE_TARGETS), "Change --minimum-target")
+    plan, lost = _int8.planned(component, axes, plan, capabilities)
+    piece = convert.shaped(component, axes, plan if palette is None else None)
     check_plan(component.name, convert.weight_bytes(piece, axes), axes, minimum_target)
-    return convert.write(piece, axes, directory, minimum_target=minimum_target, compute_units=units, compiled=compiled)
+    made = convert.write(
+        piece, axes, directory, plan, minimum_target=minimum_target, compute_units=units, compiled=compiled,
+        palette=palette,
+    )  # fmt: skip
+    return replace(made, downgrades=(*lost, *made.downgrades), plan=plan if palette is None else None)
 
 
 def _compute_units(component: str, axes: Axes) -> str:
@@ -163,20 +186,43 @@ def count_operations(path: Path) -> OpCount:
     A convolution or linear layer counts as "int8" when its weights are int8 and its input is quantized, as "w8" when
     the weights alone are. Constants are left out. Raises DataError.
     """
+    counts: Counter[tuple[str, str]] = Counter()
+    for operation, mode, _ in _classified(path):
+        if operation.type != "const":
+            precision = operation.results[0][1].dtype if operation.results else ""
+            counts[operation.type, precision if mode in ("", "floating") else mode] += 1
+    return OpCount(dict(counts))
+
+
+def coverage(path: Path) -> Coverage:
+    """MACs by the patterns of the saved program: int8 weights (constexpr), inputs between quantize and dequantize."""
+    from edgesd.targets.coreml.package import folder_of
+
+    macs: Counter[str] = Counter()
+    for _, mode, cost in _classified(path):
+        if mode:
+            macs[mode] += cost
+    weights = folder_of(path) / "Data/com.apple.CoreML/weights"
+    return Coverage(**macs, weight_bytes=sum(file.stat().st_size for file in weights.glob("*")))
+
+
+def _classified(path: Path) -> Iterator[tuple[Operation, str, int]]:
+    """Each operation; of convolutions and linears also how they compute (int8, w8, floating), and their MACs."""
     from edgesd.targets.coreml.package import Package, folder_of
 
-    counts: Counter[tuple[str, str]] = Counter()
-    made_by: dict[str, str] = {}
+    made_by: dict[str, Operation] = {}
     for operation in Package(folder_of(path)).operations():
-        made_by |= dict.fromkeys((result for result, _ in operation.results), operation.type)
-        if operation.type == "const":
+        made_by |= dict.fromkeys((result for result, _ in operation.results), operation)
+        sources = {name: made_by.get(str(given[0])) for name, given in operation.inputs.items() if given}
+        weight, x = sources.get("weight"), sources.get("x")
+        if operation.type not in ("conv", "linear") or weight is None:
+            yield operation, "", 0
             continue
-        precision = operation.results[0][1].dtype if operation.results else ""
-        sources = {name: made_by.get(str(given[0]), "") for name, given in operation.inputs.items() if given}
-        if operation.type in ("conv", "linear") and sources.get("weight", "").startswith("constexpr_affine"):
-            precision = "int8" if sources.get("x") == "dequantize" else "w8"
-        counts[operation.type, precision] += 1
-    return OpCount(dict(counts))
+        mode = "floating"
+        if weight.type.startswith("constexpr_"):
+            mode = "int8" if x is not None and x.type == "dequantize" else "w8"
+        shape = weight.results[0][1].shape
+        yield operation, mode, operation.results[0][1].elements * math.prod(shape) // shape[0]
 
 
 def runtime_version() -> str:

@@ -9,18 +9,23 @@ import subprocess
 import sys
 import tempfile
 import uuid
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from edgesd.compress.quantize import quantized
+from edgesd.compress.quantplan import QuantPlan
 from edgesd.errors import GateError, RequestError
 from edgesd.manifest import Axes, Downgrade, TensorSpec
 from edgesd.models.modules import Component
-from edgesd.targets import Lowered
+from edgesd.targets import Lowered, _int8
+from edgesd.targets.coreml import coverage
 from edgesd.targets.coreml.attention import split_einsum
 from edgesd.targets.coreml.chunks import passed_on, unet_chunks
 from edgesd.targets.coreml.package import Package, quiet
+from edgesd.targets.coreml.palette import table_of
 
 MODEL = "com.apple.CoreML/model.mlmodel"
 _PARTS = (
@@ -30,8 +35,13 @@ _PARTS = (
 MAX_RANK = 5
 
 
-def shaped(component: Component, axes: Axes) -> Component:
-    """The component in the form and the piece that `axes` name. Raises RequestError (no such form, no such piece)."""
+def shaped(component: Component, axes: Axes, plan: QuantPlan | None = None) -> Component:
+    """The component on its int8 grids, in the form and the piece that `axes` name.
+
+    Raises RequestError (no such form, no such piece), DataError (a plan of another model).
+    """
+    if plan is not None:
+        component = quantized(component, plan, "folded")
     if axes.form == "split_einsum" and component.name == "unet":
         component = split_einsum(component)
     index, count = axes.chunk
@@ -46,8 +56,9 @@ def weight_bytes(component: Component, axes: Axes) -> int:
 
 
 def write(
-    component: Component, axes: Axes, directory: Path, *, minimum_target: str, compute_units: str, compiled: bool
-) -> Lowered:
+    component: Component, axes: Axes, directory: Path, plan: QuantPlan | None = None, *, minimum_target: str,
+    compute_units: str, compiled: bool, palette: int | None = None,
+) -> Lowered:  # fmt: skip
     """Writes a `shaped` component as a package; `edgesd.targets.coreml.lower` says how and what it raises."""
     index, count = axes.chunk
     package = Path(f"{component.name}{f'_{index + 1}of{count}' if count > 1 else ''}.mlpackage")
@@ -60,8 +71,12 @@ def write(
     with tempfile.TemporaryDirectory(dir=directory, prefix=".coreml-") as scratch:
         made = Path(scratch) / package
         _convert(component, inputs, outputs, axes, minimum_target, made)
+        if palette is not None:
+            _palettize(made, palette)
         _tidy(made, component, axes)
-        _check_made(made, inputs, outputs, axes)
+        _check_made(made, inputs, outputs)
+        if plan is not None:
+            _int8.hold(made.stem, _int8.expected(component, plan, 2), coverage(made))
         if compiled and not _compile(made):
             why = "Xcode's coremlcompiler is on macOS alone; the app compiles the package when it first loads it"
             downgrades.append(("compiled model (.mlmodelc)", why))
@@ -131,6 +146,19 @@ def _convert(
                             "Choose another target or form, or report this") from error  # fmt: skip
 
 
+def _palettize(package: Path, bits: int) -> None:
+    """Replaces the weights of convolutions and linears by indices into tables of 2^bits values, one table a weight."""
+    with quiet():
+        import coremltools as ct
+        from coremltools.optimize.coreml import OpPalettizerConfig, OptimizationConfig, palettize_weights
+
+        model = ct.models.MLModel(str(package), skip_model_load=True)
+        each = OpPalettizerConfig(mode="custom", lut_function=partial(table_of, bits=bits), weight_threshold=1 << bits)
+        made = palettize_weights(model, OptimizationConfig(op_type_configs={"conv": each, "linear": each}))
+        shutil.rmtree(package)
+        made.save(str(package))
+
+
 def _in_float16(operation: Any) -> bool:
     """All but the sines of the timestep and what feeds them: float16 holds no phase above a few hundred exactly."""
     return not _feeds_sines(operation, depth=8)
@@ -170,8 +198,8 @@ def _tidy(package: Path, component: Component, axes: Axes) -> None:
     (package / "Manifest.json").write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
 
 
-def _check_made(folder: Path, inputs: tuple[TensorSpec, ...], outputs: tuple[TensorSpec, ...], axes: Axes) -> None:
-    """Holds the saved package against what was asked for (GateError): names, shapes, types, int8 where meant."""
+def _check_made(folder: Path, inputs: tuple[TensorSpec, ...], outputs: tuple[TensorSpec, ...]) -> None:
+    """Holds the saved package against what was asked for (GateError): names, shapes, types."""
     package = Package(folder)
     types = {name: kind for operation in package.operations() for name, kind in operation.results} | package.inputs
     wanted = [(s.name, s.dtype, s.shape) for s in (*inputs, *outputs)]
@@ -179,11 +207,6 @@ def _check_made(folder: Path, inputs: tuple[TensorSpec, ...], outputs: tuple[Ten
     if made != wanted:
         wrong = next((pair for pair in zip(made, wanted, strict=False) if pair[0] != pair[1]), (made, wanted))
         raise GateError(f"{folder.stem} came out with {wrong[0]}", f"{wrong[1]}", "Report this as a bug")
-    found = {operation.type for operation in package.operations()}
-    needed = {"w8": {"constexpr_affine_dequantize"}, "int8": {"constexpr_affine_dequantize", "quantize"}}
-    if lost := needed.get(axes.precision, set()) - found:
-        came, allowed = f"{folder.stem} has no {min(lost)} operation", f"int8 layers, as {axes.precision} says"
-        raise GateError(came, allowed, "Quantize the component in the folded layout before lowering it")
 
 
 def _compile(package: Path) -> bool:

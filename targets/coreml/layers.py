@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -140,6 +141,16 @@ def dequantize(input: Tensor, scale: Tensor, zero_point: Tensor | None = None, *
 
 def affine_weight(quantized_data: Tensor, zero_point: Tensor, scale: Tensor, *, axis: int) -> Tensor:
     return dequantize(quantized_data, scale, zero_point, axis=axis)
+
+
+def palette_weight(indices: Tensor, lut: Tensor, *, shape: list[int]) -> Tensor:
+    """lut[index] for indices of log2(len(lut)) bits each, packed into bytes from the lowest bit on."""
+    bits, count = (lut.numel() - 1).bit_length(), math.prod(shape)
+    if lut.numel() != 1 << bits or indices.numel() != -(-count * bits // 8):
+        raise ValueError(f"{indices.numel()} bytes of indices into {lut.numel()} values for {shape}")
+    single = (indices.reshape(-1, 1) >> torch.arange(8)) & 1
+    places = single.reshape(-1)[: count * bits].reshape(count, bits)
+    return lut.float()[(places << torch.arange(bits)).sum(1)].reshape(shape)
 
 
 def blockwise_weight(data: Tensor, scale: Tensor, offset: Tensor | None = None) -> Tensor:

@@ -273,6 +273,7 @@ OPERATIONS: dict[str, Callable[..., Any]] = {
     "dequantize": layers.dequantize,
     "constexpr_affine_dequantize": layers.affine_weight,
     "constexpr_blockwise_shift_scale": layers.blockwise_weight,
+    "constexpr_lut_to_dense": layers.palette_weight,
     "constexpr_cast": lambda source_val, *, output_dtype: cast(source_val, dtype=output_dtype),
 }
 

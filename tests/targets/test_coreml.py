@@ -207,55 +207,6 @@ def test_what_cannot_be_cut_is_refused(unet, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-# ---- int8 -----------------------------------------------------------------------------------------------------------
-
-
-class Quantized(torch.nn.Module):
-    """A convolution with folded int8 weights, and int8 activations on request."""
-
-    def __init__(self, *, activations: bool) -> None:
-        super().__init__()
-        weight = torch.randn(6, 4, 3, 3, generator=torch.Generator().manual_seed(0)) * 0.2
-        self.register_buffer("scale", weight.flatten(1).abs().amax(1) / 127)
-        self.register_buffer("zero", torch.zeros(6, dtype=torch.int64))
-        levels = (weight / self.scale[:, None, None, None]).round().clamp(-127, 127)
-        self.register_buffer("weight", levels.to(torch.int8))
-        self.activations = activations
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        ops = torch.ops.quantized_decomposed
-        if self.activations:
-            kind = (0.03, 5, -128, 127, torch.int8)
-            x = ops.dequantize_per_tensor.default(ops.quantize_per_tensor.default(x, *kind), *kind)
-        weight = ops.dequantize_per_channel.default(self.weight, self.scale, self.zero, 0, -127, 127, torch.int8)
-        return torch.nn.functional.conv2d(x, weight, padding=1)
-
-
-def quantized(*, activations: bool) -> m.Component:
-    import torch.ao.quantization.fx._decomposed  # registers the operations
-
-    spec = TensorSpec(name="sample", dtype="float32", shape=(1, 4, 8, 8))
-    out = TensorSpec(name="model_output", dtype="float32", shape=(1, 6, 8, 8))
-    x = torch.randn(spec.shape, generator=torch.Generator().manual_seed(1))
-    return m.Component("unet", Quantized(activations=activations).eval(), (spec,), (out,), (x,))
-
-
-@pytest.mark.parametrize("precision", ["int8", "w8"])
-def test_int8_layers_stay_int8_and_keep_their_numbers(precision, tmp_path):
-    component = quantized(activations=precision == "int8")
-    axes = TINY.model_copy(update={"precision": precision})
-    lowered, snr = interpret(component, axes, tmp_path)
-    assert coreml.count_operations(tmp_path / lowered.files[0]).counts["conv", precision] == 1
-    assert snr >= 55
-
-
-def test_a_float_module_cannot_pass_for_int8(tmp_path):
-    component = m.build("vae_decoder", tiny.modules(), tiny.spec(), TINY)
-    with pytest.raises(GateError, match="no constexpr_affine_dequantize"):
-        coreml.lower(component, TINY.model_copy(update={"precision": "int8"}), tmp_path)
-    assert not list(tmp_path.iterdir())
-
-
 # ---- the package ----------------------------------------------------------------------------------------------------
 
 

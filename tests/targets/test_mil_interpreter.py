@@ -99,6 +99,7 @@ def shuffled(x, f):
 erf = np.vectorize(math.erf)
 pair = {"kernel_sizes": [2, 3], "strides": [2, 1]}
 QUANTIZED = np.array([[-128, 5], [0, 127]], np.int8)
+TABLE = np.float32([-3, 0.5, 2, 7])  # 2 bits an index, the lowest first
 SCALES, ZEROS = np.float32([0.5, 0.25]), np.int8([3, -4])
 
 # (operation, program, definition, inputs); several may show one operation.
@@ -243,6 +244,9 @@ CASES = [
     ("constexpr_affine_dequantize", lambda mb, x: mb.add(x=x, y=mb.constexpr_affine_dequantize(
         quantized_data=QUANTIZED, scale=SCALES, zero_point=ZEROS, axis=np.int32(0))),
      lambda x: x + SCALES[:, None] * (QUANTIZED - ZEROS[:, None] * 1.0), (numbers(2, 2),)),
+    ("constexpr_lut_to_dense", lambda mb, x: mb.add(x=x, y=mb.constexpr_lut_to_dense(
+        indices=np.uint8([0b11100100, 0b00011011]), lut=TABLE, shape=np.uint32([2, 4]))),
+     lambda x: x + TABLE[[[0, 1, 2, 3], [3, 2, 1, 0]]], (numbers(2, 4),)),
     ("constexpr_cast",
      lambda mb, x: mb.add(x=x, y=mb.constexpr_cast(source_val=np.float16(GAMMA), output_dtype="fp32")),
      lambda x: x + np.float16(GAMMA), (A,)),

@@ -116,7 +116,7 @@ def test_unknown_hints_and_precisions_are_refused(small, target, tmp_path):
     folder, manifest, _ = small
     with pytest.raises(RequestError, match="native"):
         target.open(folder, manifest, hint="f64")
-    axes = Axes(size_px=tiny.SIZE_PX, precision="int8")
+    axes = Axes(size_px=tiny.SIZE_PX, form="webgpu")
     with pytest.raises(RequestError, match="fp16"):
         target.lower(build("vae_decoder", tiny.modules(), tiny.spec(), axes), axes, tmp_path)
 

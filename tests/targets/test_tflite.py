@@ -225,41 +225,6 @@ def test_tokens_are_int32_at_the_border(text_file):
     ) is None  # fmt: skip
 
 
-def test_int8_layers_become_integer_operations(tmp_path):
-    import torch.ao.quantization.fx._decomposed  # registers the operations
-
-    ops = torch.ops.quantized_decomposed
-
-    class Int8(torch.nn.Conv2d):
-        def __init__(self, *sizes):
-            super().__init__(*sizes)
-            self.scales = self.weight.detach().abs().amax((1, 2, 3)) / 127
-            self.zeros = torch.zeros(len(self.scales), dtype=torch.int64)
-
-        def forward(self, x):
-            def around(value, scale):
-                kept = ops.quantize_per_tensor(value, scale, 0, -128, 127, torch.int8)
-                return ops.dequantize_per_tensor(kept, scale, 0, -128, 127, torch.int8)
-
-            grid = (self.scales, self.zeros, 0, -127, 127, torch.int8)
-            weight = ops.dequantize_per_channel(ops.quantize_per_channel(self.weight, *grid), *grid)
-            return around(F.conv2d(around(x, 0.03), weight, self.bias), 0.03)
-
-    def model(kind):
-        torch.manual_seed(0)
-        layers = torch.nn.Sequential(torch.nn.Conv2d(4, 8, 3), kind(8, 8, 3), torch.nn.Sigmoid())
-        return toy(layers, (1, 4, 9, 9), outputs=(("out", (1, 8, 5, 5)),))
-
-    axes = AXES.model_copy(update={"precision": "int8"})
-    path, db = parity(model(Int8), axes, tmp_path)
-    assert tflite.count_operations(path).counts["CONV_2D", "int8"] == 1
-    assert db >= 40  # against the simulation: roundings may differ by one step
-    path.unlink()
-    with pytest.raises(GateError, match="no int8"):
-        tflite.lower(model(torch.nn.Conv2d), axes, tmp_path)
-    assert not list(tmp_path.iterdir())
-
-
 @pytest.mark.parametrize(
     ("module", "shape", "out", "told"),
     [
