@@ -38,6 +38,7 @@ export class PromptTokenizer {
   private readonly tokenizer: Tokenizer;
   private readonly expand: Map<number, number>;
   private readonly lowers: boolean;
+  private readonly words: Words | null;
 
   constructor(
     data: Uint8Array,
@@ -48,9 +49,13 @@ export class PromptTokenizer {
     let words;
     try {
       const text = new TextDecoder("utf-8", { fatal: true }).decode(data);
-      this.tokenizer = new Tokenizer(JSON.parse(text, unicodeSpaces) as object, {});
+      const json = JSON.parse(text, unicodeSpaces) as { added_tokens?: AddedWord[] };
+      const alone = (json.added_tokens ?? []).filter((word) => word.single_word && word.content !== "");
+      this.words = wordsAlone(alone);
+      json.added_tokens = (json.added_tokens ?? []).filter((word) => !alone.includes(word));
+      this.tokenizer = new Tokenizer(json, {});
       this.lowers = text.includes('"Lowercase"');
-      words = this.tokenizer.get_vocab().size;
+      words = this.tokenizer.get_vocab().size + alone.length;
     } catch (error) {
       throw new DataError(`${spec.file} does not load (${shown(describeError(error))})`, "a tokenizer.json", fix);
     }
@@ -77,9 +82,25 @@ export class PromptTokenizer {
     };
   }
 
-  /** JavaScript's lower case of a last capital sigma depends on its neighbours, the tokenizers library's does not. */
-  private tokens(text: string): { ids: number[]; tokens: string[] } {
-    return this.tokenizer.encode(this.lowers ? text.replaceAll("Σ", "σ") : text, { add_special_tokens: false });
+  /** What the library makes of the text between words that stand alone, which it would find inside others too. */
+  private tokens(prompt: string): { ids: number[]; tokens: string[] } {
+    const text = this.words === null ? prompt : prompt.normalize();
+    const made: { ids: number[]; tokens: string[] } = { ids: [], tokens: [] };
+    let from = 0;
+    const add = (part: string): void => {
+      // JavaScript's lower case of a last capital sigma depends on its neighbours, the Rust library's does not.
+      const { ids, tokens } = this.tokenizer.encode(this.lowers ? part.replaceAll("Σ", "σ") : part, { add_special_tokens: false });
+      made.ids.push(...ids);
+      made.tokens.push(...tokens);
+    };
+    for (const match of this.words === null ? [] : text.matchAll(this.words.pattern)) {
+      add(text.slice(from, match.index));
+      made.ids.push(this.words?.ids.get(match[0].normalize().toLowerCase()) as number);
+      made.tokens.push("x".repeat(new TextEncoder().encode(match[0]).length)); // a name has as many characters as bytes
+      from = match.index + match[0].length;
+    }
+    add(text.slice(from));
+    return made;
   }
 
   private pieces(text: string, weight: number, fragment: number): Piece[] {
@@ -122,6 +143,26 @@ export class PromptTokenizer {
     const rest = fragments.slice(cut.fragment + 1).map(([later]) => later);
     return [characters.slice(at).join(""), ...rest].join("").replace(/^[\p{White_Space}\x1c-\x1f]+|[\p{White_Space}\x1c-\x1f]+$/gu, "");
   }
+}
+
+interface AddedWord {
+  id: number;
+  content: string;
+  single_word: boolean;
+}
+interface Words {
+  pattern: RegExp;
+  ids: Map<string, number>;
+}
+
+/** Added words that count only where no letter, mark, digit or underscore touches them (textual inversion's). */
+function wordsAlone(words: readonly AddedWord[]): Words | null {
+  if (words.length === 0) return null;
+  const longest = [...words].sort((a, b) => b.content.length - a.content.length);
+  const texts = longest.map(({ content }) => content.normalize().replace(/[\\^$.*+?()[\]{}|/-]/g, "\\$&")).join("|");
+  const touching = "[\\p{Alphabetic}\\p{M}\\p{Nd}\\p{Pc}\\p{Join_Control}]";
+  const ids = new Map(words.map(({ content, id }) => [content.normalize().toLowerCase(), id]));
+  return { pattern: new RegExp(`(?<!${touching})(?:${texts})(?!${touching})`, "giu"), ids };
 }
 
 /** A pattern's `\\s` as the tokenizers library reads it: Unicode's white space, to which JavaScript adds U+FEFF. */
