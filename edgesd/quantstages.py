@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
     from edgesd.compress.quantplan import QuantPlan
     from edgesd.manifest import Axes, ModelSpec
+    from edgesd.models.load import LoadedModel
     from edgesd.models.modules import Component
 
 CALLS, CALLS_OF_LARGE = 240, 80  # UNet rows recorded; the second where a whole run of a model takes minutes
@@ -112,7 +113,7 @@ def plan_component(plan: BuildPlan, planned: Planned, gate: float, calls: Path, 
 
     name, recorded = planned.component, open_set(calls)
     with quiet():
-        model = load_parts(plan.checkpoint, [PART_OF[name]])
+        model = load_parts(plan.checkpoint, None if name == "unet" else [PART_OF[name]])
         component = build(name, model.modules, model.spec, planned.axes.model_copy(update={"batch": 1}))
         macs = max(count(component.module, component.example).macs, 1)
         rows = 2 if name == "unet" else 1
@@ -125,19 +126,18 @@ def plan_component(plan: BuildPlan, planned: Planned, gate: float, calls: Path, 
         final = made.plan
         if name == "unet":
             simulated = quantized(adjusted(component, made.tensors), final, "simulated")
-            final = final.model_copy(update={"latents_snr_db": round(_latents_db(plan, simulated), 2)})
+            final = final.model_copy(update={"latents_snr_db": round(_latents_db(plan, model, simulated), 2)})
     (folder / PLAN).write_text(final.model_dump_json(indent=1), encoding="utf-8")
     save_file({path: tensor.contiguous() for path, tensor in made.tensors.items()}, folder / TENSORS)
 
 
-def _latents_db(plan: BuildPlan, simulated: Component) -> float:
+def _latents_db(plan: BuildPlan, model: LoadedModel, simulated: Component) -> float:
     """Finished latents of a few runs with a simulated UNet, against float's: the mean SNR."""
-    from edgesd.models.load import load_parts
     from edgesd.parity import snr_db
     from edgesd.runtime.generate import Picture, Settings, sample
     from edgesd.sources import torch_pipeline
 
-    pipeline = torch_pipeline(load_parts(plan.checkpoint))
+    pipeline = torch_pipeline(model)
     spec, found = plan.checkpoint.spec, []
     for seed in range(VERIFIED_RUNS):
         settings = Settings(
