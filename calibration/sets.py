@@ -75,7 +75,7 @@ class CalibrationSet:
     info: CaptureInfo
 
     def calls(self, component: str = "unet", limit: int | None = None) -> list[Call]:
-        """The calls of a component in the order of recording; limit: that many, evenly chosen.
+        """The calls of a component in the order of recording; limit: that many, evenly from all rows and then runs.
 
         Raises RequestError for a component that was not recorded, DataError for a broken shard.
         """
@@ -88,7 +88,9 @@ class CalibrationSet:
             )
         if limit is None or limit >= len(found):
             return found
-        return [found[i * len(found) // limit] for i in range(limit)]
+        # By row first: an even stride over runs of equal length would meet the same few rows again and again.
+        by_row = sorted(range(len(found)), key=lambda i: (found[i].row, found[i].run))
+        return [found[i] for i in sorted(by_row[j * len(found) // limit] for j in range(limit))]
 
     def require(self, model: LoadedModel) -> None:
         """Raises RequestError unless the set was recorded with these very weights, at this size."""

@@ -54,6 +54,19 @@ def test_every_component_is_recorded(recorded):
         recorded.calls("text_encoder_2")
 
 
+def test_a_limit_meets_every_row_and_many_runs(recorded, monkeypatch):
+    from edgesd.calibration import sets
+
+    shard = {"unet.sample": np.zeros((10, 1, 1, 1, 1), np.float32), "unet.row": np.arange(10)}
+    monkeypatch.setattr(sets, "read_shard", lambda folder, run: shard)
+    many = sets.CalibrationSet(recorded.folder, recorded.info.model_copy(update={"runs": 24}))
+    chosen = many.calls("unet", limit=96)
+    assert {call.row for call in chosen} == set(range(10))
+    assert len({call.run for call in chosen}) > 20
+    assert [(c.run, c.row) for c in chosen] == sorted((c.run, c.row) for c in chosen)
+    assert len(chosen) == 96
+
+
 def test_targets_lead_to_the_finished_latents(model, recorded):
     table = torch_pipeline(model).table(model.spec.defaults.sampler, 4)
     first = [call for call in recorded.calls("unet") if call.run == 0]
