@@ -12,13 +12,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from edgesd import devices, memory, targets
+from edgesd import devices, memory, narrowing, targets
 from edgesd.errors import RequestError
 from edgesd.manifest import Axes, Downgrade
 from edgesd.models.facts import safetensors_header
 from edgesd.models.session import PART_OF
 from edgesd.recipe import Recipe
 from edgesd.runtime.bank import read_prompts
+from edgesd.runtime.policy import width_cost
 
 if TYPE_CHECKING:
     from edgesd.models.load import Checkpoint
@@ -43,6 +44,7 @@ class Planned:
         """Where its files lie in the bundle. For people: readers go by the manifest."""
         a = self.axes
         marks = [a.precision, *([a.form] if a.form else []), *([f"batch{a.batch}"] if a.batch > 1 else [])]
+        marks += [f"w{a.width:g}"] if a.width < 1 else []
         marks += [f"chunk{a.chunk[0] + 1}of{a.chunk[1]}"] if a.chunk[1] > 1 else []
         return f"{self.component}/{'-'.join(marks)}"
 
@@ -101,6 +103,7 @@ def make_plan(recipe: Recipe, checkpoint: Checkpoint, output: Path) -> BuildPlan
         raise RequestError(
             f"{recipe.chunks} chunks for {recipe.target}", "one: only coreml splits a UNet", "Drop --chunks"
         )
+    narrowing.check(recipe, target, [precision for precision, _ in flavours(recipe, target)])
     artefacts = []
     prompts = () if recipe.prompt_bank is None else read_prompts(Path(recipe.prompt_bank))
     for component in params:
@@ -149,9 +152,10 @@ def _axes(component: str, recipe: Recipe, target: Target, size_px: tuple[int, in
     batches = (1, 2) if recipe.batch2 and component == "unet" else (1,)
     chunks = recipe.chunks if component == "unet" else 1
     return [
-        Axes(size_px=size_px, precision=precision, form=form, batch=batch, chunk=(i, chunks))  # type: ignore[arg-type]
+        Axes(size_px=size_px, precision=precision, form=form, batch=batch, width=width, chunk=(i, chunks))  # type: ignore[arg-type]
         for precision, form in flavours(recipe, target)
         if component in getattr(target, "form_components", {}).get(form, (component,))
+        for width in (recipe.widths if component == "unet" else (1.0,))
         for batch in batches
         for i in range(chunks)
     ]
@@ -189,7 +193,7 @@ def _forms(target: Target, precision: str) -> tuple[str, ...]:
 
 
 def _predict(target: str, component: str, axes: Axes, params: int) -> Planned:
-    share = math.ceil(params / axes.chunk[1])
+    share = math.ceil(params * width_cost(axes.width) / axes.chunk[1])
     size = share * WEIGHT_BYTES[axes.precision] + GRAPH_BYTES
     pixels = math.prod(axes.size_px) if component.startswith("vae") else 0
     return Planned(component, axes, share, size, memory.lowering_peak(target, params, pixels))

@@ -165,6 +165,11 @@ def package(
     batch2: Annotated[bool, typer.Option("--batch2", help="Also a UNet that takes both halves of guidance.")] = False,
     form: Annotated[list[str] | None, typer.Option("--form", help="Extra flavours: webgpu, gpu, split_einsum.")] = None,
     chunks: Annotated[int, typer.Option("--chunks", min=1, max=8, help="Core ML: UNet in so many pieces.")] = 1,
+    widths: Annotated[str, typer.Option("--widths", help="UNet widths in one bundle, such as 1,0.75,0.5.")] = "1",
+    width_mode: Annotated[
+        str | None,
+        typer.Option("--width-mode", help="shared: weights stored once; separate. The target's if left out."),
+    ] = None,
     minimum_target: Annotated[
         str, typer.Option("--minimum-target", help="Core ML: iOS17, iOS18, macOS14, macOS15.")
     ] = "iOS17",
@@ -210,7 +215,7 @@ def package(
 ) -> None:
     """Turn a checkpoint into one bundle per target, each run and measured before it ships."""
     from edgesd import packager
-    from edgesd.recipe import parse_bytes, parse_size, parse_steps, read_recipe
+    from edgesd.recipe import parse_bytes, parse_size, parse_steps, parse_widths, read_recipe
 
     fields: dict[str, Any] = read_recipe(recipe) if recipe is not None else {}
     given = {
@@ -219,7 +224,8 @@ def package(
         "size_px": parse_size(size_px) if size_px is not None else None, "forms": tuple(form) if form else None,
         "batch2": batch2 if batch2 else None, "compiled": compiled if compiled else None,
         "palette": palette, "revision": revision,
-        "chunks": chunks if chunks != 1 else None,
+        "chunks": chunks if chunks != 1 else None, "width_mode": width_mode,
+        "widths": parse_widths(widths) if widths != "1" else None,
         "minimum_target": minimum_target if minimum_target != "iOS17" else None,
         "steps": parse_steps(steps) if steps != "1-50" else None, "loras": tuple(lora) if lora else None,
         "embeddings": tuple(embedding) if embedding else None, "clip_skip": clip_skip if clip_skip else None,

@@ -68,10 +68,14 @@ GATES: Mapping[str, Gate] = {
 
 
 class CallFacts(Frozen):
-    """One recorded call. inputs and outputs: the component's tensor names -> keys of golden.safetensors."""
+    """One recorded call. inputs and outputs: the component's tensor names -> keys of golden.safetensors.
+
+    width: of the UNet that answered.
+    """
 
     component: Role
     row: Count = 0
+    width: Annotated[float, Field(gt=0, le=1)] = 1.0
     inputs: dict[Name, Text]
     outputs: Annotated[dict[Name, Text], Field(min_length=1)]
 
@@ -90,6 +94,8 @@ class Facts(Frozen):
     tokenizers: Annotated[int, Field(ge=0, le=4)]
     picture_stride: Dim = 1
     calls: Annotated[tuple[CallFacts, ...], Field(min_length=1, max_length=256)]
+    # The UNet's calls again, answered by its narrower widths; apart, since older readers take `calls` for one width's.
+    narrow_calls: Annotated[tuple[CallFacts, ...], Field(max_length=256)] = ()
     gates: dict[str, Gate] = Field(default_factory=lambda: dict(GATES))
 
     def settings(self) -> Settings:
@@ -121,17 +127,18 @@ class Golden:
         return tuple(dict.fromkeys(call.component for call in self.facts.calls))
 
     def fits(self, axes: Axes) -> bool:
-        """Whether the recorded calls are the truth for a variant: same picture size, all channels."""
-        return axes.width == 1.0 and axes.size_px == self.facts.size_px
+        """Whether the recorded calls are the truth for a variant: same picture size, a width that was recorded."""
+        widths = {1.0, *(call.width for call in self.facts.narrow_calls)}
+        return axes.width in widths and axes.size_px == self.facts.size_px
 
-    def calls(self, component: str, batch: int = 1) -> list[Call]:
+    def calls(self, component: str, batch: int = 1, width: float = 1.0) -> list[Call]:
         """The recorded calls of a component, as calls of `batch` rows.
 
         With several rows a call, those of one timestep go together, repeated where they are too few.
         """
         by_row: dict[int, list[Call]] = {}
-        for facts in self.facts.calls:
-            if facts.component == component:
+        for facts in (*self.facts.calls, *self.facts.narrow_calls):
+            if facts.component == component and facts.width == width:
                 sides = [
                     {name: self.tensors[key] for name, key in side.items()} for side in (facts.inputs, facts.outputs)
                 ]
@@ -208,10 +215,10 @@ class _Tensors(dict[str, np.ndarray]):
             self._known[digest], self[key] = key, array
         return self._known[digest]
 
-    def put_call(self, call: Call, row: int, index: int) -> CallFacts:
+    def put_call(self, call: Call, row: int, index: int, width: float = 1.0) -> CallFacts:
         sides = (call.inputs, call.outputs)
         keys = [{name: self.put(f"{call.component}/{index}/{name}", side[name]) for name in side} for side in sides]
-        return CallFacts(component=call.component, row=row, inputs=keys[0], outputs=keys[1])  # type: ignore[arg-type]
+        return CallFacts(component=call.component, row=row, width=width, inputs=keys[0], outputs=keys[1])  # type: ignore[arg-type]
 
 
 def record(truth: Pipeline, settings: Settings) -> Golden:
@@ -235,7 +242,11 @@ def record(truth: Pipeline, settings: Settings) -> Golden:
     if recorder.has("vae_encoder"):
         recorder.run("vae_encoder", {"image": decoded.outputs["image"]})
         kept.append((0, recorder.noted[-1]))
+    answers = _narrow_calls(truth.session, unet)
     stride = -(-max(picture.image.shape[:2]) // PICTURE_SIDE)
+    narrow = tuple(
+        tensors.put_call(call, row, len(kept) + index, width) for index, (row, width, call) in enumerate(answers)
+    )
     calls = tuple(tensors.put_call(call, row, index) for index, (row, call) in enumerate(kept))
     source = noise.make_source(settings.rng, settings.seed)
     start = source.normal(latents[0].shape[1:], settings.index, 0, noise.Purpose.START)[None]
@@ -244,9 +255,20 @@ def record(truth: Pipeline, settings: Settings) -> Golden:
     facts = Facts(
         prompt=settings.prompt, negative_prompt=settings.negative_prompt, seed=settings.seed, calls=calls,
         sampler=settings.sampler, steps=settings.num_inference_steps, guidance=settings.guidance_scale,
-        size_px=picture.image.shape[:2], tokenizers=len(ids), picture_stride=stride,
+        size_px=picture.image.shape[:2], tokenizers=len(ids), picture_stride=stride, narrow_calls=narrow,
     )  # fmt: skip
     return Golden(facts, {**tensors, **{key: np.ascontiguousarray(value) for key, value in whole.items()}})
+
+
+def _narrow_calls(session: Session, recorded: Sequence[tuple[int, Call]]) -> list[tuple[int, float, Call]]:
+    """(row, width, call): the recorded UNet calls as each width below 1 answers them."""
+    found = []
+    for width in session.widths("unet")[1:]:
+        session.use_width("unet", width)
+        for row, call in recorded:
+            found.append((row, width, Call("unet", call.inputs, session.run("unet", call.inputs))))
+    session.use_width("unet", 1.0)
+    return found
 
 
 def _run(
@@ -302,7 +324,12 @@ def _tensors_path(facts_path: RelPath) -> str:
 
 def _check(facts: Facts, tensors: Mapping[str, np.ndarray]) -> None:
     """ValueError or KeyError where facts and tensors differ."""
-    named = {key for call in facts.calls for side in (call.inputs, call.outputs) for key in side.values()}
+    named = {
+        key
+        for call in (*facts.calls, *facts.narrow_calls)
+        for side in (call.inputs, call.outputs)
+        for key in side.values()
+    }
     named |= {f"ids/{i}/{side}" for i in range(facts.tokenizers) for side in ("prompt", "negative")}
     for key in sorted(named | {"noise", "latents", "picture"}):
         if key not in tensors:

@@ -82,6 +82,11 @@ class Packaged:
                 for v in c.variants
             )  # fmt: skip
             total = f"{m.path}: {size(sum(sizes.values()))} in {m.seconds:.0f} s, peak memory {size(m.peak_bytes)}"
+            total += "".join(
+                f"\nwidth {width} takes {off:.0%} off the MACs of a UNet call"
+                for width, off in m.manifest.quality.get("widths", {}).get("macs_off", {}).items()
+                if off > 0
+            )
             lost = "".join(f"\ndowngrade: {d.component}: {d.what} ({d.why})" for d in m.manifest.downgrades)
             columns = ("component", "variant", "size", "SNR dB", "status", "a call")
             sections.append(Section(m.manifest.target, columns, rows, total + lost))

@@ -16,7 +16,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from edgesd import bundle, golden, memory, quantstages, targets
+from edgesd import bundle, golden, memory, narrowing, quantstages, targets
 from edgesd.buildplan import BuildPlan, Planned, make_plan
 from edgesd.child import Child, in_child
 from edgesd.errors import GateError, RequestError
@@ -85,7 +85,8 @@ def build(plan: BuildPlan, *, force: bool = False) -> Made:
     for line in plan.notes:
         print(f"{plan.recipe.target}: {line}", file=sys.stderr)
     with bundle.writing(plan.destination, force=force) as folder, _Workers(plan) as workers:
-        truth = workers.stage("reference", plan.fp32_bytes, _truth_key(plan), _record_truth, plan)
+        narrow = narrowing.made(plan, workers)
+        truth = workers.stage("reference", plan.fp32_bytes, _truth_key(plan), _record_truth, plan, narrow)
         copy_tree(truth / "files", folder)
         facts = json.loads((truth / "facts.json").read_text(encoding="utf-8"))
         variants: dict[str, list[Variant]] = {}
@@ -94,16 +95,20 @@ def build(plan: BuildPlan, *, force: bool = False) -> Made:
         for planned in plan.artefacts:
             key, quant = scales.get((planned.component, planned.axes.precision), (None, None))
             made = workers.stage(
-                planned.folder, planned.params * 4, _lower_key(plan, planned, key), _lower, plan, planned, quant, truth
-            )
+                planned.folder, planned.params * 4, _lower_key(plan, planned, key), _lower, plan, planned, quant, truth,
+                narrow,
+            )  # fmt: skip
             copy_tree(made / "files", folder / planned.folder)
             variant, lost = _variant(planned, json.loads((made / "lowered.json").read_text(encoding="utf-8")))
             variants.setdefault(planned.component, []).append(variant)
             downgrades += lost
         workers.close()
+        variants = narrowing.shared(plan, folder, variants)
         manifest = _manifest(plan, facts, variants, downgrades, folder)
         bundle.seal(folder, manifest)
         manifest = _measured(plan, folder, manifest, workers)
+        quality = manifest.quality | narrowing.told(narrow, folder)
+        manifest = manifest.model_copy(update={"quality": quality})
         bundle.seal(folder, manifest)
     return Made(plan.destination, manifest, time.perf_counter() - began, workers.peak_bytes, _prompt(plan))
 
@@ -167,12 +172,13 @@ def child_limit(max_ram_bytes: int | None) -> int | None:
 
 def _truth_key(plan: BuildPlan) -> str:
     c = plan.checkpoint
-    parts = (c.sha256, c.spec, plan.samplers, plan.recipe.steps, plan.prompts)
+    parts = (c.sha256, c.spec, plan.samplers, plan.recipe.steps, plan.prompts, *narrowing.truth_key(plan))
     return stage_key("reference", *parts, libraries=LIBRARIES)
 
 
 def _lower_key(plan: BuildPlan, planned: Planned, scales: str | None) -> str:
     parts: tuple[Any, ...] = (plan.checkpoint.sha256, plan.checkpoint.spec, planned.axes, _options(plan))
+    parts += narrowing.key(plan, planned)
     parts += (scales, _truth_key(plan)) if scales is not None else ()
     return stage_key(f"{plan.recipe.target}-{planned.component}", *parts, libraries=LIBRARIES)
 
@@ -183,7 +189,7 @@ def _options(plan: BuildPlan) -> dict[str, Any]:
     return {name: getattr(plan.recipe, name) for name in wanted}
 
 
-def _record_truth(plan: BuildPlan, folder: Path) -> None:
+def _record_truth(plan: BuildPlan, narrow: Path | None, folder: Path) -> None:
     """In a child: tables, tokenizer, golden vectors and preview factors from the float32 reference."""
     from edgesd.models.ingredients import tokenizer_json
     from edgesd.models.load import load_parts, quiet
@@ -202,7 +208,8 @@ def _record_truth(plan: BuildPlan, folder: Path) -> None:
         for index, spec in enumerate(() if plan.prompts else plan.checkpoint.spec.tokenizers):
             (files / spec.file).parent.mkdir(parents=True, exist_ok=True)
             (files / spec.file).write_text(tokenizer_json(plan.checkpoint, index), encoding="utf-8")
-        truth = torch_pipeline(plan.checkpoint if plan.one_at_a_time else load_parts(plan.checkpoint))
+        model: Any = plan.checkpoint if plan.one_at_a_time else load_parts(plan.checkpoint)
+        truth = torch_pipeline(model, **narrowing.narrower(plan, model, narrow))
         if plan.prompts:
             bank = prepare(truth, plan.prompts)
             truth = replace(truth, bank=bank, tokenizers=())
@@ -216,8 +223,11 @@ def _record_truth(plan: BuildPlan, folder: Path) -> None:
     (folder / "facts.json").write_text(json.dumps(facts), encoding="utf-8")
 
 
-def _lower(plan: BuildPlan, planned: Planned, scales: Path | None, truth: Path, folder: Path) -> None:
-    """In a child: one component, one variant, into `folder/files`. scales: its finished quantization stage."""
+def _lower(
+    plan: BuildPlan, planned: Planned, scales: Path | None, truth: Path, narrow: Path | None, folder: Path
+) -> None:
+    """In a child: one component, one variant, into `folder/files`. scales: its finished quantization stage; narrow:
+    the UNet's widths (edgesd/narrowing.py)."""
     from edgesd.compress.quantize import adjusted
     from edgesd.models.count import count
     from edgesd.models.load import load_parts, quiet
@@ -226,7 +236,8 @@ def _lower(plan: BuildPlan, planned: Planned, scales: Path | None, truth: Path, 
     target = targets.load(plan.recipe.target, lowering=True)
     with quiet():
         model = load_parts(plan.checkpoint, [PART_OF[planned.component]])
-        component = build_component(planned.component, model.modules, model.spec, planned.axes)
+        modules = narrowing.with_width(model.modules, narrow, planned.axes.width)
+        component = build_component(planned.component, modules, model.spec, planned.axes)
         options = _options(plan)
         if scales is not None:
             options["plan"], tensors = quantstages.read(scales)

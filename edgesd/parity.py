@@ -114,7 +114,7 @@ def measure_variants(
     for name, axes, part in artefacts(manifest):
         if stored.fits(axes):
             session = open_session(part)
-            snr, psnr, seconds = run_calls(session, stored, name, axes.batch)
+            snr, psnr, seconds = run_calls(session, stored, name, axes.batch, axes.width)
             gate = gate_db(part.component(name).variants[0])
             found.append(Measured(name, axes, snr, psnr, seconds, status(axes.form), gate))
             session.unload(name)
@@ -198,9 +198,11 @@ def _only(manifest: Manifest, keep: set[tuple[str, Axes]]) -> Manifest:
 # ---- the checks ------------------------------------------------------------------------------------------------
 
 
-def run_calls(session: Session, stored: Golden, component: str, batch: int) -> tuple[float, float, Spread]:
-    """(worst SNR, worst PSNR, seconds of a call) over the recorded calls of a component."""
-    calls = stored.calls(component, batch)
+def run_calls(
+    session: Session, stored: Golden, component: str, batch: int, width: float = 1.0
+) -> tuple[float, float, Spread]:
+    """(worst SNR, worst PSNR, seconds of a call) over the recorded calls of a component, as that width answered."""
+    calls = stored.calls(component, batch, width)
     if not calls:
         raise DataError(f"the golden vectors hold no call of {component}", "calls of every component", _AGAIN)
     figures, seconds = [], []

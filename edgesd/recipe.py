@@ -33,10 +33,11 @@ class Recipe(BaseModel):
     forms: a target's flavours beside its own. minimum_target, compiled (by Xcode, on a Mac), chunks (UNet in so many
     pieces), palette (bits of a weight, in w8): Core ML alone. unet, text_encoder: folders to swap those parts.
     tokenizer, prediction: for a single file. loras, embeddings: "FILE:scale", "FILE:word". clip_skip: text layers left
-    out. long_prompt: tokens a prompt may have. prompt_bank: file of the only prompts the bundle will know.
-    max_ram_bytes: what packaging may hold in memory.
-    device_classes: devices to predict the fit for (edgesd.devices). calibration: a set of recorded calls for int8,
-    recorded anew if None. gate_db: what one call of each int8 component must reach against float; None = by component.
+    out. long_prompt: tokens a prompt may have. widths: shares of the UNet's inner channels, among which policies
+    choose; width_mode: how they are stored, None = the target's best. prompt_bank: file of the only prompts the bundle
+    will know. max_ram_bytes: what packaging may hold in memory. device_classes: devices to predict the fit for
+    (edgesd.devices). calibration: a set of recorded calls for int8, recorded anew if None. gate_db: what one call of
+    each int8 component must reach against float; None = by component.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
@@ -56,6 +57,8 @@ class Recipe(BaseModel):
     compiled: bool = False
     palette: Literal[6, 8] | None = None
     chunks: Annotated[int, Field(ge=1, le=8)] = 1
+    widths: tuple[float, ...] = (1.0,)
+    width_mode: Literal["separate", "shared"] | None = None
     seed: Annotated[int, Field(ge=0, le=2**53 - 1)] = 0
     unet: str | None = None
     text_encoder: str | None = None
@@ -77,6 +80,11 @@ class Recipe(BaseModel):
         if steps[0] > steps[1]:
             raise ValueError(f"steps {steps[0]}-{steps[1]} run backwards")
         return steps
+
+    @field_validator("widths")
+    @classmethod
+    def _widest_first(cls, widths: tuple[float, ...]) -> tuple[float, ...]:
+        return tuple(sorted(widths, reverse=True))
 
     @field_validator("size_px")
     @classmethod
@@ -133,6 +141,16 @@ def parse_steps(text: str) -> tuple[int, int]:
     if matched is None:
         raise RequestError(f"steps {text!r}", "a count such as 20 or a range such as 1-50", "Change --steps")
     return int(matched[1]), int(matched[2] if matched[2] is not None else matched[1])
+
+
+def parse_widths(text: str) -> tuple[float, ...]:
+    """ "1,0.75,0.5" -> (1.0, 0.75, 0.5). Raises RequestError."""
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError:
+        raise RequestError(
+            f"widths {text[:60]!r}", "numbers with commas, such as 1,0.75,0.5", "Change --widths"
+        ) from None
 
 
 def parse_size(text: str, multiple: int = 8) -> tuple[int, int]:

@@ -106,6 +106,13 @@ def lower(
     return Lowered(files, component.inputs, component.outputs, lost, plan=plan)
 
 
+def share_widths(wide: Path, narrow: Path, made: Path) -> tuple[Path, ...]:
+    """Writes `made` (beside `wide`) as the graph `narrow` on the weights of `wide`; the files it needs, it first."""
+    from edgesd.targets._onnx_widths import share
+
+    return share(wide, narrow, made)
+
+
 def forms(precision: str) -> tuple[str, ...]:
     """The forms a precision comes in, its usual one first. WASM processors have no float16 arithmetic."""
     if precision in _int8.QUANTIZED:

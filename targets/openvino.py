@@ -105,6 +105,13 @@ def open(
     return ComponentSession(directory, manifest, open_variant, **options)
 
 
+def share_widths(wide: Path, narrow: Path, made: Path) -> tuple[Path, ...]:
+    """Writes `made` (beside `wide`) as the graph `narrow` on the weights of `wide`; the files it needs, it first."""
+    from edgesd.targets._openvino_widths import share
+
+    return share(wide, narrow, made)
+
+
 def count_operations(path: Path) -> OpCount:
     """Layers as the CPU plugin runs them with native precision, by type and run-time precision (f32, bf16, i8, …)."""
     import openvino as ov

@@ -5,9 +5,10 @@ group's units are summed over. Width w then keeps the leading share of each grou
 the narrow model lost is taken back per width, in one of two modes:
 
 separate: the layers behind a cut get weights of their own by least squares (edgesd/compress/restore.py).
-shared: weights stay leading slices of the widest model's, stored once; a width has biases of its own alone, which
-    make the mean of what is missing good. Universally slimmable networks (Yu & Huang 2019, 1903.05134) train their
-    weights so that slices work; a model not trained so loses more at the same width.
+shared: weights are leading slices of the widest model's, stored once, plus what least squares changed about them,
+    rounded to 4 bits an element with a scale an output channel, and biases. Universally slimmable networks (Yu & Huang
+    2019, 1903.05134) train their weights so that plain slices work; in a model not trained so they do not (figures:
+    docs/widths.md), and the correction wins back nearly all that separate weights do for an eighth of their bytes.
 
 Only inner widths go, so a width takes off less of the cost than its number says: `WidthPlan.off` tells the share.
 """
@@ -39,8 +40,8 @@ from edgesd.models.modules import share
 
 Mode = Literal["separate", "shared"]
 MODES: tuple[Mode, ...] = ("separate", "shared")
-RESTORATION = {"separate": "ls", "shared": "bias"}
-IMPORTANCE_OF = {"separate": "obs", "shared": "l1"}
+LEVELS = 7  # a correction's steps on each side of zero: 4 bits
+CLIPS = (1.0, 0.85, 0.7, 0.55, 0.4)  # of a channel's largest correction, the one with the least squared error is taken
 MIN_WIDTH, MAX_WIDTHS = 0.125, 8
 PLAN = "widths.json"
 Width = Annotated[float, Field(gt=0, le=1)]
@@ -119,29 +120,28 @@ def nest(
     mode: str,
     calls: Sequence[Recorded],
     *,
-    importance: str | None = None,
+    importance: str = "obs",
     progress: Progress = lambda stage, done, total: None,
 ) -> Nested:
     """A UNet at several widths. calls: recorded calls of the UNet from this very model (`CalibrationSet.calls`).
 
-    importance: a criterion of edgesd/compress/importance.py; None = the mode's own. The model given is not changed.
+    importance: a criterion of edgesd/compress/importance.py. The model given is not changed.
     Raises RequestError (`check_widths`, an unknown criterion, too few calls, nothing to narrow), DataError (activations
     that are not finite).
     """
     widths = check_widths(widths, mode)
-    importance = IMPORTANCE_OF[mode] if importance is None else importance
     if importance not in IMPORTANCE:
         raise RequestError(f"importance {importance!r}", ", ".join(IMPORTANCE), "Choose one of these")
     if len(calls) < MIN_CALLS:
         raise RequestError(f"{len(calls)} recorded calls", f"at least {MIN_CALLS}", "Record more with edgesd calibrate")
-    restoration, part = RESTORATION[mode], PARTS["unet"][0]
+    part = PARTS["unet"][0]
     dense, lots = model.modules[part], batches("unet", calls, model.spec)
     before = component_cost(dense, lots[0])
     groups = find_groups(dense, before)
     evidence = collect(dense, groups, lots, importance)
     orders: dict[str, tuple[int, ...]] = {}
     for done, name in enumerate(list(evidence)):
-        orders[name] = tuple(reversed(curve(evidence.pop(name), importance, restoration).order))
+        orders[name] = tuple(reversed(curve(evidence.pop(name), importance, "ls").order))
         progress("importance", done + 1, len(groups))
     whole = ordered(dense, groups, orders)
     modules: dict[float, nn.Module] = {}
@@ -150,7 +150,9 @@ def nest(
         kept = {group.name: range(leading(group, width)) for group in groups}
         if width < 1:
             told = partial(progress, f"width {width:g}")
-            restore(whole, modules[width], groups, kept, lots, method=restoration, progress=told)
+            restore(whole, modules[width], groups, kept, lots, progress=told)
+            if mode == "shared":
+                round_corrections(modules[width], narrowed(whole, groups, width))
     costs = {width: component_cost(module, lots[0]) for width, module in modules.items()}
     plan = WidthPlan(
         component="unet", mode=mode, importance=importance, source_sha256=model.sha256,  # type: ignore[arg-type]
@@ -165,6 +167,27 @@ def nest(
         ),
     )  # fmt: skip
     return Nested(plan, modules)
+
+
+def round_corrections(module: nn.Module, plain: nn.Module) -> None:
+    """Rounds, in place, how the weights of a restored module differ from the plain slices; biases stay as they are."""
+    slices = dict(plain.named_parameters())
+    for name, weight in module.named_parameters():
+        if weight.ndim > 1 and not torch.equal(weight, slices[name]):
+            weight.data = slices[name].data + rounded(weight.data - slices[name].data)
+
+
+def rounded(delta: torch.Tensor) -> torch.Tensor:
+    """[out, ...] in steps of a scale an output channel, LEVELS on each side, the scale of the least squared error."""
+    flat = delta.flatten(1)
+    largest = flat.abs().amax(1, keepdim=True).clamp_min(1e-30)
+    best, least = torch.zeros_like(flat), flat.square().sum(1, keepdim=True)
+    for clip in CLIPS:
+        scale = largest * clip / LEVELS
+        made = (flat / scale).round().clamp(-LEVELS, LEVELS) * scale
+        error = (made - flat).square().sum(1, keepdim=True)
+        best, least = torch.where(error < least, made, best), torch.minimum(error, least)
+    return best.view_as(delta)
 
 
 # ---- on disk, between the stages of a build ---------------------------------------------------------------------

@@ -23,7 +23,7 @@ MARGIN = 0.75  # a switch must leave at most this share of the error that its un
 @dataclass(frozen=True)
 class Widths:
     """macs: share of the widest's MACs a call by width. errors: by width, per tenth of the run, the error it adds to
-    the picture (energy, relative); empty = not measured. load_calls: loading it, in calls of the widest. bytes: its
+    the finished latents (mean square); empty = not measured. load_calls: loading it, in calls of the widest. bytes: its
     weights in memory, at most.
     """
 

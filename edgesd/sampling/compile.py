@@ -7,7 +7,7 @@ own corrected sample, which reaches back to the start; one multiple of the row b
 `dense` closes the loop instead, on one-hot latents, and is the oracle that tests compare the recurrence with.
 
 Public: compile_table(name, config, steps) -> SamplerTable, compile_tables(name, config, step_counts),
-dense(scheduler, steps), banded(scheduler, steps).
+dense(scheduler, steps), output_gains(name, config, steps), banded(scheduler, steps).
 """
 
 from __future__ import annotations
@@ -84,6 +84,13 @@ def dense(scheduler: Any, steps: int, start: int = 0) -> tuple[np.ndarray, np.nd
     first[0, 0] = 1
     inputs = np.concatenate([first, rows])
     return inputs[:, [0, *range(count, 3 * count)]], scale
+
+
+def output_gains(name: str, config: Mapping[str, Any], steps: int) -> np.ndarray:
+    """[R] f64: how much of each row's model output the finished latents hold, all else as it is."""
+    inputs, _ = dense(make_scheduler(name, config), steps)
+    count = len(inputs) - 1
+    return inputs[-1, 1 : 1 + count]
 
 
 def banded(scheduler: Any, steps: int) -> Band:

@@ -1,0 +1,111 @@
+"""Several widths over one weights file: narrow IR graphs that cut the widest one's constants as they are compiled.
+
+OpenVINO folds constant operations when a model is compiled, so what runs is the narrow model. An IR's constants are
+places in its .bin, and any number of .xml may point into one: what the wide graph does not hold is appended.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import tempfile
+import xml.etree.ElementTree as ElementTree
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from edgesd.errors import GateError
+from edgesd.targets._sharing import Derived, derive
+
+ALIGNMENT = 64
+
+
+def share(wide: Path, narrow: Path, made: Path) -> tuple[Path, ...]:
+    """Writes `made` (an .xml beside `wide`) as the model of `narrow` on the weights of `wide`; the files it needs.
+
+    Raises GateError where the two graphs differ in more than their widths.
+    """
+    import openvino as ov
+
+    core = ov.Core()
+    whole, small = core.read_model(wide), core.read_model(narrow)
+    theirs, ours = whole.get_ordered_ops(), small.get_ordered_ops()
+    if [op.get_type_name() for op in theirs] != [op.get_type_name() for op in ours]:
+        raise GateError("graphs of two widths that differ in their operations", "the same operations",
+                        "Choose --width-mode separate")  # fmt: skip
+    numbers = _Numbers()
+    for source, constant in zip(theirs, ours, strict=True):
+        if constant.get_type_name() == "Constant":
+            array, from_ = np.array(constant.data), np.array(source.data)
+            found = derive(from_, array)
+            if found is not None and (found.cuts or found.codes is not None):
+                constant.output(0).replace(_cut(from_, found, array, numbers).output(0))
+    with tempfile.TemporaryDirectory(dir=made.parent) as scratch:
+        graph = Path(scratch) / "model.xml"
+        ov.serialize(small, graph)
+        _point(graph, graph.with_suffix(".bin"), wide, made)
+    return made, wide.with_suffix(".bin")
+
+
+class _Numbers:
+    """Small constants of a graph, each once: a layer of an IR takes half a kilobyte of text."""
+
+    def __init__(self) -> None:
+        self._made: dict[tuple[int, ...], Any] = {}
+
+    def __call__(self, *values: int) -> Any:
+        from openvino import opset13 as ops
+
+        if values not in self._made:
+            self._made[values] = ops.constant(np.array(values, np.int64))
+        return self._made[values]
+
+
+def _cut(wide: np.ndarray, found: Derived, narrow: np.ndarray, numbers: _Numbers) -> Any:
+    """The operations that make the narrow constant."""
+    from openvino import Tensor, Type
+    from openvino import opset13 as ops
+
+    now = ops.constant(wide)
+    for pieces in found.starts():
+        cut = [ops.slice(now, numbers(start), numbers(end), numbers(1), numbers(axis)) for axis, start, end in pieces]
+        now = cut[0] if len(cut) == 1 else ops.concat(cut, pieces[0][0])
+    if found.codes is None or found.scale is None:
+        return now
+    steps = found.steps()[: narrow.size + narrow.size % 2] & 15  # OpenVINO's i4: the earlier element in the low bits
+    packed = (steps[1::2] << 4 | steps[::2]).astype(np.uint8)
+    codes = ops.constant(Tensor(packed, list(narrow.shape), Type.i4))
+    change = ops.multiply(ops.convert(codes, "f32"), ops.constant(found.scale))
+    total = ops.add(now if narrow.dtype == np.float32 else ops.convert(now, "f32"), change)
+    return total if narrow.dtype == np.float32 else ops.convert(total, "f16")
+
+
+def _point(graph: Path, weights: Path, wide: Path, made: Path) -> None:
+    """Writes `graph` to `made` with constants where the wide .bin has their bytes, appended where it has not."""
+    shared = wide.with_suffix(".bin")
+    data = bytearray(shared.read_bytes())
+    places = {_digest(data[at : at + size]): at for _, at, size in _constants(ElementTree.parse(wide))}
+    tree, own = ElementTree.parse(graph), weights.read_bytes()
+    for element, at, size in _constants(tree):
+        piece = own[at : at + size]
+        digest = _digest(piece)
+        if digest not in places:
+            data.extend(bytes(-len(data) % ALIGNMENT))
+            places[digest] = len(data)
+            data.extend(piece)
+        element.set("offset", str(places[digest]))
+    for element in tree.iter():  # indentation is a third of the file
+        element.text = element.text if element.text is not None and element.text.strip() else None
+        element.tail = None
+    tree.write(made)
+    shared.write_bytes(data)
+
+
+def _constants(tree: ElementTree.ElementTree) -> list[tuple[ElementTree.Element, int, int]]:
+    """(data element, offset, size) of every constant of an IR."""
+    found = [layer.find("data") for layer in tree.iter("layer") if layer.get("type") == "Const"]
+    return [(e, int(e.get("offset", "0")), int(e.get("size", "0"))) for e in found if e is not None]
+
+
+def _digest(data: bytes | bytearray) -> bytes:
+    return hashlib.sha256(data).digest()
