@@ -51,19 +51,20 @@ class _Numbers:
     """Small constants of a graph, each once: a layer of an IR takes half a kilobyte of text."""
 
     def __init__(self) -> None:
-        self._made: dict[tuple[int, ...], Any] = {}
+        self._made: dict[tuple[Any, ...], Any] = {}
 
-    def __call__(self, *values: int) -> Any:
+    def __call__(self, *values: float) -> Any:
         from openvino import opset13 as ops
 
-        if values not in self._made:
-            self._made[values] = ops.constant(np.array(values, np.int64))
-        return self._made[values]
+        dtype = np.float32 if isinstance(values[0], float) else np.int64
+        key = (dtype, *values)
+        if key not in self._made:
+            self._made[key] = ops.constant(np.array(values, dtype))
+        return self._made[key]
 
 
 def _cut(wide: np.ndarray, found: Derived, narrow: np.ndarray, numbers: _Numbers) -> Any:
     """The operations that make the narrow constant."""
-    from openvino import Tensor, Type
     from openvino import opset13 as ops
 
     now = ops.constant(wide)
@@ -72,10 +73,14 @@ def _cut(wide: np.ndarray, found: Derived, narrow: np.ndarray, numbers: _Numbers
         now = cut[0] if len(cut) == 1 else ops.concat(cut, pieces[0][0])
     if found.codes is None or found.scale is None:
         return now
-    steps = found.steps()[: narrow.size + narrow.size % 2] & 15  # OpenVINO's i4: the earlier element in the low bits
-    packed = (steps[1::2] << 4 | steps[::2]).astype(np.uint8)
-    codes = ops.constant(Tensor(packed, list(narrow.shape), Type.i4))
-    change = ops.multiply(ops.convert(codes, "f32"), ops.constant(found.scale))
+    # By arithmetic: a constant of type i4 would be taken for a compressed weight, and not folded as this one must be.
+    bytes_ = ops.convert(ops.constant(found.codes), "f32")
+    high = ops.floor(ops.multiply(bytes_, numbers(1 / 16)))
+    low = ops.subtract(bytes_, ops.multiply(high, numbers(16.0)))
+    both = ops.concat([high, low], 0)
+    both = both if narrow.size % 2 == 0 else ops.slice(both, numbers(0), numbers(narrow.size), numbers(1), numbers(0))
+    steps = ops.subtract(ops.reshape(both, numbers(*narrow.shape), False), numbers(8.0))
+    change = ops.multiply(steps, ops.constant(found.scale))
     total = ops.add(now if narrow.dtype == np.float32 else ops.convert(now, "f32"), change)
     return total if narrow.dtype == np.float32 else ops.convert(total, "f16")
 

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from edgesd.errors import GateError, RequestError
 from edgesd.targets import Capabilities, Coverage, Lowered, OpCount, _int8, _qdq
+from edgesd.targets._memory import give_back
 from edgesd.targets._quiet import quiet
 
 if TYPE_CHECKING:
@@ -125,7 +126,10 @@ def open(directory: Path, manifest: Manifest, *, threads: int | None = None, **o
     from edgesd.targets._session import ComponentSession
 
     def open_variant(variant: Variant, files: tuple[Path, ...]) -> Call:
-        return _run_in_onnxruntime(files[0], [spec.name for spec in variant.outputs], threads)
+        call = _run_in_onnxruntime(files[0], [spec.name for spec in variant.outputs], threads)
+        if variant.axes.width < 1:
+            give_back()
+        return call
 
     return ComponentSession(directory, manifest, open_variant, **options)
 

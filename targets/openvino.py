@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from edgesd.errors import GateError, RequestError, SetupError
 from edgesd.targets import Capabilities, Coverage, Lowered, OpCount, _int8
+from edgesd.targets._memory import give_back
 from edgesd.targets._quiet import quiet
 
 if TYPE_CHECKING:
@@ -100,7 +101,13 @@ def open(
         settings["CACHE_DIR"] = str(cache_dir)
 
     def open_variant(variant: Variant, files: tuple[Path, ...]) -> Call:
-        return _run_in_openvino(core, files, device, settings, [spec.name for spec in variant.outputs])
+        narrow = variant.axes.width < 1
+        # A mapped file stays in memory as far as it was read, and a narrow graph may read the widest one's.
+        core.set_property({"ENABLE_MMAP": not narrow})
+        call = _run_in_openvino(core, files, device, settings, [spec.name for spec in variant.outputs])
+        if narrow:
+            give_back()
+        return call
 
     return ComponentSession(directory, manifest, open_variant, **options)
 

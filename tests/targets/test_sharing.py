@@ -48,7 +48,7 @@ def test_other_weights_are_no_slice():
 def unets():
     """Width -> the embedded-like tiny UNet; the narrow one with corrected weights, as a shared width has them."""
     torch.manual_seed(0)
-    wide = tiny.unet()
+    wide = tiny.unet(heads=4)
     narrow = narrowed(wide, find_groups(wide), 0.5)
     for name, weight in narrow.named_parameters():
         if weight.ndim > 1 and ("conv2" in name or "to_out" in name):
