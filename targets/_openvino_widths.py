@@ -99,11 +99,28 @@ def _point(graph: Path, weights: Path, wide: Path, made: Path) -> None:
             places[digest] = len(data)
             data.extend(piece)
         element.set("offset", str(places[digest]))
-    for element in tree.iter():  # indentation is a third of the file
-        element.text = element.text if element.text is not None and element.text.strip() else None
-        element.tail = None
+    _shorten(tree)
     tree.write(made)
     shared.write_bytes(data)
+
+
+def _shorten(tree: ElementTree.ElementTree) -> None:
+    """Takes out what only people read: indentation, names of layers and tensors within, shapes of layers' inputs."""
+    for element in tree.iter():
+        element.text = element.text if element.text is not None and element.text.strip() else None
+        element.tail = None
+    layers = {layer.get("id"): layer for layer in tree.iter("layer")}
+    border = {
+        edge.get("from-layer") for edge in tree.iter("edge") if layers[edge.get("to-layer")].get("type") == "Result"
+    }
+    border |= {at for at, layer in layers.items() if layer.get("type") in ("Parameter", "Result")}
+    for at, layer in layers.items():
+        for port in layer.findall("input/port"):
+            port[:] = []
+        if at not in border:
+            layer.set("name", f"n{at}")
+            for port in layer.findall("output/port"):
+                port.attrib.pop("names", None)
 
 
 def _constants(tree: ElementTree.ElementTree) -> list[tuple[ElementTree.Element, int, int]]:
