@@ -34,7 +34,7 @@ def run_here(function, *args, label="", **_):
     return Ran(function(*args), 0.0, 0)
 
 
-@pytest.fixture(scope="module", params=[("onnx-web", None), ("openvino", None), ("openvino", "separate")])
+@pytest.fixture(scope="module", params=[("onnx-web", None), ("openvino", "separate")])
 def made(request, tmp_path_factory):
     """(mode, bundle folder) of a tiny checkpoint in widths 1 and 0.5."""
     folder = tmp_path_factory.mktemp("widths")
