@@ -38,8 +38,9 @@ test: setup
 WEB_BUNDLE = out/shapes-onnx-web.edgesd
 WEB_SOURCES = $(shell find web_demo/src web_demo/public -type f) web_demo/index.html web_demo/bench.html web_demo/vite.config.ts
 
+# The lock's versions, by `npm install`: `npm ci` refuses a lock without the binaries of other platforms.
 web_demo/node_modules/.ready: web_demo/package.json web_demo/package-lock.json
-	cd web_demo && npm ci --no-audit --no-fund --loglevel=error
+	cd web_demo && npm install --no-save --no-audit --no-fund --loglevel=error
 	touch $@
 
 web_demo/dist/index.html: web_demo/node_modules/.ready $(WEB_SOURCES)

@@ -69,7 +69,7 @@ def page_folder() -> Path:
     source = here.parent / "web_demo" / "package.json"
     do = "Run: make web"
     if not source.is_file():
-        do = "Build web_demo in edgesd's source (npm ci && npm run build) and pass --page web_demo/dist"
+        do = "Build web_demo in edgesd's source (npm install && npm run build) and pass --page web_demo/dist"
     raise SetupError("the browser page is not built", "its files in web_demo/dist", do)
 
 

@@ -126,7 +126,7 @@ def test_what_cannot_be_served_says_what_to_do(tmp_path, page, monkeypatch):
     with pytest.raises(DataError):
         serve.site(tmp_path / "empty", page)
     monkeypatch.setattr(serve, "__file__", str(tmp_path / "edgesd" / "serve.py"))
-    with pytest.raises(SetupError, match=r"npm ci && npm run build"):
+    with pytest.raises(SetupError, match=r"npm install && npm run build"):
         serve.page_folder()
     running = serve.server(serve.site(tmp_path / "a.edgesd", page), port=0)
     with pytest.raises(SetupError, match="--port"):
