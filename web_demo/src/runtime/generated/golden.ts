@@ -19,16 +19,20 @@ export interface Facts {
   tokenizers: number;
   picture_stride: number;
   calls: CallFacts[];
+  narrow_calls: CallFacts[];
   gates: {
     [k: string]: Gate;
   };
 }
 /**
  * One recorded call. inputs and outputs: the component's tensor names -> keys of golden.safetensors.
+ *
+ * width: of the UNet that answered.
  */
 export interface CallFacts {
   component: "text_encoder" | "text_encoder_2" | "unet" | "vae_decoder" | "vae_encoder";
   row: number;
+  width: number;
   inputs: {
     /**
      * This interface was referenced by `undefined`'s JSON-Schema definition
