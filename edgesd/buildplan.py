@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from edgesd import devices, memory, narrowing, targets
+from edgesd import devices, memory, narrowing, pruning, targets
 from edgesd.errors import RequestError
 from edgesd.manifest import Axes, Downgrade
 from edgesd.models.facts import safetensors_header
@@ -53,7 +53,8 @@ class Planned:
 class BuildPlan:
     """One bundle to make, whole: what, where, and the samplers whose tables go in.
 
-    params: of the checkpoint's parts in memory, largest_params: of the largest; stored_bytes: of the largest's files.
+    params: of the checkpoint's parts in memory before pruning, largest_params: of the largest, dense_unet_params: of the
+    UNet; stored_bytes: of the largest's files.
     prompts: the only ones the bundle will know, () = any. What `edgesd.memory.fit` decided: one_at_a_time (a process a
     stage, one part of the model in it), downgrades, notes (what was decided, for people).
     """
@@ -70,6 +71,7 @@ class BuildPlan:
     one_at_a_time: bool = False
     downgrades: tuple[Downgrade, ...] = ()
     notes: tuple[str, ...] = ()
+    dense_unet_params: int = 0
 
     @property
     def bytes(self) -> int:
@@ -98,7 +100,10 @@ def make_plan(recipe: Recipe, checkpoint: Checkpoint, output: Path) -> BuildPlan
 
     target = targets.load(recipe.target, lowering=True)
     checkpoint = _sized(checkpoint, recipe)
-    params = count_params(checkpoint)
+    if recipe.prune is not None:
+        pruning.check(checkpoint, recipe)
+    dense = count_params(checkpoint)
+    params = pruning.predicted_params(dense, recipe.prune)
     if recipe.chunks > 1 and not getattr(target, "chunked", False):
         raise RequestError(
             f"{recipe.chunks} chunks for {recipe.target}", "one: only coreml splits a UNet", "Drop --chunks"
@@ -115,10 +120,11 @@ def make_plan(recipe: Recipe, checkpoint: Checkpoint, output: Path) -> BuildPlan
     if unknown := [name for name in samplers if name not in (*names(), "default")]:
         raise RequestError(f"sampler {unknown[0]!r}", ", ".join(names()), "edgesd samplers lists them")
     destination = output / f"{checkpoint.spec.name}-{recipe.target}.edgesd"
-    parts = {part: sum(n for name, n in params.items() if PART_OF[name] == part) for part in checkpoint.parts}
+    parts = {part: sum(n for name, n in dense.items() if PART_OF[name] == part) for part in checkpoint.parts}
     plan = BuildPlan(
         recipe, checkpoint, destination, tuple(artefacts), samplers, sum(parts.values()), prompts, max(parts.values()),
         max(sum(path.stat().st_size for path in _files(folder)) for folder in checkpoint.parts.values()),
+        dense_unet_params=dense["unet"],
     )  # fmt: skip
     _refuse(plan, target)
     return plan

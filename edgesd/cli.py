@@ -187,6 +187,9 @@ def package(
     prediction: Annotated[
         str | None, typer.Option("--prediction", help="For a .safetensors checkpoint: epsilon or v_prediction.")
     ] = None,
+    prune: Annotated[
+        float | None, typer.Option("--prune", help="Share of the UNet's MACs to take off first, such as 0.25.")
+    ] = None,
     long_prompt: Annotated[int, typer.Option("--long-prompt", min=0, help="Tokens a prompt may have.")] = 0,
     prompt_bank: Annotated[
         str | None, typer.Option("--prompt-bank", help="File of prompts: ship their embeddings, no text encoder.")
@@ -231,6 +234,7 @@ def package(
         "embeddings": tuple(embedding) if embedding else None, "clip_skip": clip_skip if clip_skip else None,
         "unet": unet, "text_encoder": text_encoder, "tokenizer": tokenizer, "prediction": prediction,
         "long_prompt": long_prompt if long_prompt else None, "prompt_bank": prompt_bank,
+        "prune": prune,
         "device_classes": tuple(device_class) if device_class else None,
         "calibration": calibration, "gate_db": gate_db,
         "max_ram_bytes": parse_bytes(max_ram) if max_ram is not None else None,

@@ -9,10 +9,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edgesd import files
+from edgesd import files, pruning
 from edgesd.benchmark import bench
 from edgesd.diagnosis import doctor
-from edgesd.errors import SetupError
+from edgesd.errors import DataError, SetupError
 from edgesd.parity import describe
 from edgesd.sheet import Section, Sheet, decibels, duration, size
 from edgesd.stages import Stages
@@ -150,6 +150,8 @@ def _inspected(manifest: Manifest, data: dict[str, Any], missing: str) -> list[S
             tuple((s["name"], "-".join(map(str, s["steps"])), str(s["counts"])) for s in data["samplers"]),
         ),
     ]
+    if (told := manifest.quality.get("pruned")) is not None:
+        sections.append(_pruned(told))
     origin = manifest.provenance
     facts = {
         "source": origin.source,
@@ -165,6 +167,14 @@ def _inspected(manifest: Manifest, data: dict[str, Any], missing: str) -> list[S
         lost = tuple((d.component, d.what, d.why) for d in manifest.downgrades)
         sections.append(Section("Downgrades", ("component", "what", "why"), lost))
     return sections
+
+
+def _pruned(told: Any) -> Section:
+    try:
+        rows, note = pruning.describe(told)
+        return Section(f"Pruned: {told['component']}", ("", "before", "after", "off"), rows, note)
+    except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError):
+        raise DataError("quality.pruned does not read", "what edgesd wrote", "Get the bundle again") from None
 
 
 def _operations(variants: list[dict[str, Any]]) -> list[Section]:

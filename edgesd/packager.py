@@ -16,7 +16,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from edgesd import bundle, golden, memory, narrowing, quantstages, targets
+from edgesd import bundle, golden, memory, narrowing, pruning, quantstages, targets
 from edgesd.buildplan import BuildPlan, Planned, make_plan
 from edgesd.child import Child, in_child
 from edgesd.errors import GateError, RequestError
@@ -85,6 +85,7 @@ def build(plan: BuildPlan, *, force: bool = False) -> Made:
     for line in plan.notes:
         print(f"{plan.recipe.target}: {line}", file=sys.stderr)
     with bundle.writing(plan.destination, force=force) as folder, _Workers(plan) as workers:
+        plan, smaller = pruning.pruned(plan, workers)
         narrow = narrowing.made(plan, workers)
         truth = workers.stage("reference", plan.fp32_bytes, _truth_key(plan), _record_truth, plan, narrow)
         copy_tree(truth / "files", folder)
@@ -106,7 +107,7 @@ def build(plan: BuildPlan, *, force: bool = False) -> Made:
         variants = narrowing.shared(plan, folder, variants)
         manifest = _manifest(plan, facts, variants, downgrades, folder)
         bundle.seal(folder, manifest)
-        manifest = _measured(plan, folder, manifest, workers)
+        manifest = pruning.note(_measured(plan, folder, manifest, workers), smaller)
         quality = manifest.quality | narrowing.told(narrow, folder)
         manifest = manifest.model_copy(update={"quality": quality})
         bundle.seal(folder, manifest)

@@ -33,11 +33,11 @@ class Recipe(BaseModel):
     forms: a target's flavours beside its own. minimum_target, compiled (by Xcode, on a Mac), chunks (UNet in so many
     pieces), palette (bits of a weight, in w8): Core ML alone. unet, text_encoder: folders to swap those parts.
     tokenizer, prediction: for a single file. loras, embeddings: "FILE:scale", "FILE:word". clip_skip: text layers left
-    out. long_prompt: tokens a prompt may have. widths: shares of the UNet's inner channels, among which policies
-    choose; width_mode: how they are stored, None = the target's best. prompt_bank: file of the only prompts the bundle
-    will know. max_ram_bytes: what packaging may hold in memory. device_classes: devices to predict the fit for
-    (edgesd.devices). calibration: a set of recorded calls for int8, recorded anew if None. gate_db: what one call of
-    each int8 component must reach against float; None = by component.
+    out. long_prompt: tokens a prompt may have. prune: share of the UNet's MACs to take off. widths: shares of the
+    UNet's inner channels, among which policies choose; width_mode: how they are stored, None = the target's best.
+    prompt_bank: file of the only prompts the bundle will know. max_ram_bytes: what packaging may hold in memory.
+    device_classes: devices to predict the fit for (edgesd.devices). calibration: a set of recorded calls for int8,
+    recorded anew if None. gate_db: what one call of each int8 component must reach against float; None = by component.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
@@ -68,6 +68,7 @@ class Recipe(BaseModel):
     embeddings: tuple[str, ...] = ()
     clip_skip: Annotated[int, Field(ge=0, le=64)] = 0
     long_prompt: Annotated[int, Field(ge=0, le=4096)] = 0
+    prune: Annotated[float, Field(gt=0, lt=0.9)] | None = None
     prompt_bank: str | None = None
     device_classes: tuple[str, ...] = ()
     calibration: str | None = None

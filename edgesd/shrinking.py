@@ -3,24 +3,29 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from edgesd.console import progress
 from edgesd.errors import RequestError
 from edgesd.sheet import Section, Sheet
 
+if TYPE_CHECKING:
+    from edgesd.models.load import LoadedModel
+
 
 def calibrate_model(
-    model: str | None, out: Path, *, calls: int, prompts: str | None, sampler: str | None,
+    model: str | None, out: Path, *, calls: int | None, prompts: str | None, sampler: str | None,
     steps: tuple[int, ...] | None, guidance: float | None, seed: int,
 ) -> Sheet:  # fmt: skip
     """Records a calibration set of a checkpoint into `out` (taken up again where an earlier run stopped)."""
     from edgesd.calibration.capture import calibrate
     from edgesd.models.load import load
 
+    loaded = load(model)
     with progress() as tick:
         made = calibrate(
-            load(model), out, calls=calls, prompts=prompts, sampler=sampler, steps=steps, guidance=guidance, seed=seed,
-            progress=lambda done, total: tick("sampling runs", done, total),
+            loaded, out, calls=calls_of(loaded, calls), prompts=prompts, sampler=sampler, steps=steps,
+            guidance=guidance, seed=seed, progress=lambda done, total: tick("sampling runs", done, total),
         )  # fmt: skip
     size = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
     data = {"folder": str(out), "runs": made.info.runs, "bytes": size, "model": made.info.sha256}
@@ -30,8 +35,9 @@ def calibrate_model(
 
 
 def prune_model(
-    model: str | None, out: Path, *, ratio: float, calibration: Path | None, calls: int, component: str,
-    importance: str, restoration: str, allocation: str, budget: str, protect: tuple[str, ...],
+    model: str | None, out: Path, *, ratio: float, calibration: Path | None, calls: int | None, component: str,
+    importance: str, restoration: str, allocation: str, budget: str, target: str | None,
+    protect: tuple[str, ...],
 ) -> Sheet:  # fmt: skip
     """Prunes one component of a checkpoint into a new folder; records a calibration set first if none is given."""
     import tempfile
@@ -44,6 +50,7 @@ def prune_model(
     if out.exists():
         raise RequestError(f"{out} exists", "a new folder", "Choose another -o")
     loaded = load(model)
+    calls = calls_of(loaded, calls)
     with progress() as tick, tempfile.TemporaryDirectory() as scratch:
         if calibration is None:
             recorded = calibrate(
@@ -57,16 +64,18 @@ def prune_model(
         recorded.require(loaded)
         made = prune(
             loaded, ratio, recorded.calls(component, calls), out, component=component, importance=importance,
-            restoration=restoration, allocation=allocation, budget=budget, protect=protect, progress=tick,  # type: ignore[arg-type]
+            restoration=restoration, allocation=allocation, budget=budget, target=target, protect=protect,
+            progress=tick,  # type: ignore[arg-type]
         )  # fmt: skip
     plan = made.plan
-    off = {name: 1 - getattr(plan.after, name) / getattr(plan.before, name) for name in ("macs", "params", "bytes")}
+    off = plan.off()
     rows = tuple(
         (kind, str(whole), str(kept), f"{1 - kept / whole:.0%}") for kind, (kept, whole) in plan.by_kind().items()
     )
     note = (
         f"{out}: {off['macs']:.1%} of the MACs and {off['params']:.1%} of the parameters off "
-        f"(chart: {out / 'pruning.png'})\n"
+        + (f"and {off['seconds']:.1%} of a call's time on {target} (measured) " if "seconds" in off else "")
+        + f"(chart: {out / 'pruning.png'})\n"
         f"Next: edgesd evaluate -m {out} --against {loaded.source}; edgesd package {out} --target all"
     )
     data = {
@@ -76,3 +85,10 @@ def prune_model(
         "kinds": {kind: {"kept": kept, "whole": whole} for kind, (kept, whole) in plan.by_kind().items()},
     }
     return Sheet(data, (Section("What stays", ("kind", "channels", "kept", "off"), rows, note),))
+
+
+def calls_of(model: LoadedModel, asked: int | None) -> int:
+    """Recorded UNet rows: as asked, else what a model of this size has time for."""
+    from edgesd.pruning import PART, calls_for
+
+    return asked if asked is not None else calls_for(sum(p.numel() for p in model.modules[PART].parameters()))

@@ -80,7 +80,9 @@ def calibrate(
     model: Annotated[
         str | None, typer.Argument(help="Diffusers folder or hub id; the embedded model if left out.")
     ] = None,
-    calls: Annotated[int, typer.Option("--calls", min=2, help="UNet rows to record, over prompts and steps.")] = 480,
+    calls: Annotated[
+        int | None, typer.Option("--calls", min=2, help="UNet rows to record; 480, of a big model 64.")
+    ] = None,
     prompts: Annotated[str | None, typer.Option("--prompts", help="Sets joined by +, or a text file.")] = None,
     sampler: Annotated[str | None, typer.Option("--sampler")] = None,
     steps: Annotated[
@@ -107,14 +109,21 @@ def prune(
     ] = None,
     ratio: Annotated[float, typer.Option("--ratio", help="Share of the component's MACs to take off.")] = 0.25,
     calibration: Annotated[Path | None, typer.Option("--calibration", help="A set; recorded anew if left out.")] = None,
-    calls: Annotated[int, typer.Option("--calls", min=2, help="Recorded UNet rows to use.")] = 480,
+    calls: Annotated[
+        int | None, typer.Option("--calls", min=2, help="Recorded UNet rows to use; 480, of a big model 64.")
+    ] = None,
     component: Annotated[
         str, typer.Option("--component", help="unet, text_encoder, vae_decoder, vae_encoder.")
     ] = "unet",
     importance: Annotated[str, typer.Option("--importance", help="obs, l1, l2, wanda, taylor, … or random.")] = "obs",
     restore: Annotated[str, typer.Option("--restore", help="ls, bias or none.")] = "ls",
     allocation: Annotated[str, typer.Option("--allocation", help="global or uniform.")] = "global",
-    budget: Annotated[str, typer.Option("--budget", help="What the ratio counts: macs, params or bytes.")] = "macs",
+    budget: Annotated[
+        str, typer.Option("--budget", help="What the ratio counts: macs, params, bytes or latency.")
+    ] = "macs",
+    target: Annotated[
+        str | None, typer.Option("--target", help="Of --budget latency: openvino, onnx-web or tflite, timed here.")
+    ] = None,
     protect: Annotated[
         list[str] | None, typer.Option("--protect", help="Groups to leave whole; repeatable glob.")
     ] = None,
@@ -125,7 +134,8 @@ def prune(
 
     made = shrinking.prune_model(
         model, output, ratio=ratio, calibration=calibration, calls=calls, component=component, importance=importance,
-        restoration=restore, allocation=allocation, budget=budget, protect=tuple(protect) if protect else (),
+        restoration=restore, allocation=allocation, budget=budget, target=target,
+        protect=tuple(protect) if protect else (),
     )  # fmt: skip
     show(*pair(made, as_json))
 

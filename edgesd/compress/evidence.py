@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -12,10 +13,10 @@ from torch import nn
 
 from edgesd.compress.calls import Batch
 from edgesd.compress.groups import Group
-from edgesd.compress.moments import Moments, features, require_finite, rows
+from edgesd.compress.moments import Moments, View, count_rows, require_finite, rows, view
 
-MAX_TAPS = 6000  # unfolded inputs beyond which a convolution is scored on channels alone, its taps taken as independent
-PROBES = 48  # calls that gradients are taken on
+PROBES = 48  # calls that gradients are taken on, fewer where calls are big
+BIG_PROBES = 16
 MAP_QUERIES = 64  # attention rows compared when heads are
 
 
@@ -23,18 +24,25 @@ MAP_QUERIES = 64  # attention rows compared when heads are
 class Evidence:
     """What is known of one group.
 
-    pieces: [units, n] views of its tensors. weight [outputs, columns] f64: the consumer's, each output scaled by how
-    much an error there moves the model's output. moments: of the columns, units side by side. positions: rows that a
-    call brings. taylor, maps: [units] and [units, units] where collected.
+    pieces: [units, n] views of its tensors. consumed: the consumer's weight; gain [outputs]: how much a squared error
+    there moves the model's output. moments: of the columns, units side by side. positions: rows that a call brings.
+    taylor, maps: [units] and [units, units] where collected.
     """
 
     group: Group
     pieces: list[torch.Tensor]
-    weight: torch.Tensor
+    consumed: torch.Tensor
+    gain: torch.Tensor
     moments: Moments
     positions: float
     taylor: torch.Tensor = field(default_factory=lambda: torch.zeros(0))
     maps: torch.Tensor = field(default_factory=lambda: torch.zeros(0))
+
+    @cached_property
+    def weight(self) -> torch.Tensor:
+        """The consumer's weight by the root of its gain, [outputs, columns] f64."""
+        gain = self.gain.sqrt().view(-1, *[1] * (self.consumed.ndim - 1))
+        return _layout(self.consumed.double() * gain, self.moments)
 
     def by_unit(self, columns: torch.Tensor) -> torch.Tensor:
         """[..., columns] -> [..., units, columns of a unit]."""
@@ -46,26 +54,28 @@ def collect(
 ) -> dict[str, Evidence]:
     """Evidence by group name, in the order of execution: one pass for moments, one backward pass for gradients.
 
-    Raises DataError, naming the layer, for activations that are not finite.
+    Groups that the component's output does not depend on are left out (a text encoder's last layer, where the UNet
+    attends to the one before). Raises DataError, naming the layer, for activations that are not finite.
     """
     gain, taylor = _gradients(module, groups, _some(batches))
+    groups = [g for g in groups if g.name in gain]
     heads = [g for g in groups if g.heads] if importance == "merge" else []
-    moments, maps = _moments(module, groups, batches, heads)
+    moments, strides, maps = _moments(module, groups, batches, heads)
     calls = sum(float(batch.weight.sum()) for batch in batches)
     found = {}
     for name, sums in moments.items():
         group = next(g for g in groups if g.name == name)
         consumer: Any = module.get_submodule(group.consumer)
-        weight = consumer.weight.double() * gain[name].sqrt().view(-1, *[1] * (consumer.weight.ndim - 1))
         found[name] = Evidence(
-            group, _pieces(module, group), _layout(weight, sums), sums, sums.weight / calls, taylor[name],
-            maps.get(name, torch.zeros(0)),
+            group, _pieces(module, group), consumer.weight, gain[name], sums, sums.weight * strides[name] / calls,
+            taylor[name], maps.get(name, torch.zeros(0)),
         )  # fmt: skip
     return found
 
 
 def _some(batches: Sequence[Batch]) -> list[Batch]:
-    count = max(1, PROBES // len(batches[0].weight))
+    alone = len(batches[0].weight) == 1 and batches[0].inputs.get("sample") is not None  # too big to go together
+    count = max(1, (BIG_PROBES if alone else PROBES) // len(batches[0].weight))
     return [batches[i * len(batches) // count] for i in range(count)] if count < len(batches) else list(batches)
 
 
@@ -77,12 +87,6 @@ def _pieces(module: nn.Module, group: Group) -> list[torch.Tensor]:
     ]
 
 
-def _columns(layer: Any) -> int:
-    """Columns a consumer is scored on: unfolded ones, or channels where those are too many."""
-    unfolded = layer.weight[0].numel()
-    return unfolded if unfolded <= MAX_TAPS else layer.weight.shape[1]
-
-
 def _layout(weight: torch.Tensor, sums: Moments) -> torch.Tensor:
     """A weight [out, in, ...] as [outputs, columns]; on channels, every tap counts as an output of its own."""
     if len(sums.x) == weight[0].numel():
@@ -92,8 +96,11 @@ def _layout(weight: torch.Tensor, sums: Moments) -> torch.Tensor:
 
 def _moments(
     module: nn.Module, groups: Sequence[Group], batches: Sequence[Batch], heads: Sequence[Group]
-) -> tuple[dict[str, Moments], dict[str, torch.Tensor]]:
+) -> tuple[dict[str, Moments], dict[str, float], dict[str, torch.Tensor]]:
+    """Moments by group; real positions per position counted; likeness of heads."""
     found: dict[str, Moments] = {}
+    views: dict[str, View] = {}
+    strides: dict[str, float] = {}
     queries: dict[str, torch.Tensor] = {}
     keys: dict[str, torch.Tensor] = {}
     maps: dict[str, torch.Tensor] = {}
@@ -101,9 +108,12 @@ def _moments(
 
     def arrive(group: Group, layer: Any, x: torch.Tensor) -> None:
         require_finite(f"{group.consumer} (steps {now.steps})", x)
-        columns = _columns(layer)
-        inputs = features(layer, x) if columns == layer.weight[0].numel() else rows(layer, x)
-        sums = found.setdefault(group.name, Moments(columns))
+        if group.name not in views:
+            every = x.numel() // x.shape[1 if isinstance(layer, nn.Conv2d) else -1]
+            views[group.name] = view(layer, layer.weight.shape[1], count_rows(batches, now, every))
+            found[group.name] = Moments(views[group.name].columns)
+            strides[group.name] = every / len(views[group.name].thin(torch.empty(every, 0), len(x)))
+        inputs, sums = views[group.name].features(layer, x), found[group.name]
         for one, scaled in now.mixed(torch.ones(len(inputs), 1), inputs):
             sums.add(one, scaled)
         if group.name in queries:
@@ -123,7 +133,7 @@ def _moments(
                 )
         for now in batches:
             now.forward(module)
-    return found, maps
+    return found, strides, maps
 
 
 def _query_and_key(group: Group) -> tuple[str, str]:
@@ -164,12 +174,13 @@ def _gradients(
         for batch in batches:
             seen.clear()
             output = batch.forward(module)
-            reached = [g for g in groups if g.name in seen]
             probe = torch.randn(output.shape, generator=generator)
-            gains = torch.autograd.grad((output * probe).sum(), [seen[g.name][1] for g in reached], retain_graph=True)
-            losses = torch.autograd.grad(batch.loss(output), [seen[g.name][0] for g in reached])
+            gains = _grad((output * probe).sum(), [seen[g.name][1] for g in groups], keep=True)
+            losses = _grad(batch.loss(output), [seen[g.name][0] for g in groups])
             weight = batch.weight.repeat(2) if batch.pairs else batch.weight
-            for group, g, loss in zip(reached, gains, losses, strict=True):
+            for group, g, loss in zip(groups, gains, losses, strict=True):
+                if g is None or loss is None:
+                    continue
                 layer, x = module.get_submodule(group.consumer), seen[group.name][0]
                 squared = rows(layer, g * weight.sqrt().view(-1, *[1] * (g.ndim - 1))).square()
                 gain[group.name] = gain.get(group.name, 0) + squared.sum(0)
@@ -179,6 +190,11 @@ def _gradients(
                     0
                 )
     return {name: total / counts[name] for name, total in gain.items()}, taylor
+
+
+def _grad(output: torch.Tensor, inputs: Sequence[torch.Tensor], keep: bool = False) -> tuple[torch.Tensor | None, ...]:
+    """Gradients, None for inputs that the output does not depend on. keep: the graph serves once more."""
+    return torch.autograd.grad(output, inputs, retain_graph=keep, allow_unused=True)
 
 
 def _tracked(layer: nn.Module, args: tuple) -> tuple | None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -10,6 +13,48 @@ from torch import nn
 from edgesd.errors import DataError
 
 RIDGE = 1e-3
+WORK = 1e12  # multiply-adds that one layer's second moments may take: beyond, fewer positions of each call count
+ROWS_PER_COLUMN = 4  # fewer rows than this do not tell a layer's columns apart
+
+
+@dataclass(frozen=True)
+class View:
+    """How a layer's inputs become rows. unfolded: each tap of a convolution is a column, else each channel.
+
+    stride: of the positions of each call, every which counts.
+    """
+
+    columns: int
+    unfolded: bool
+    stride: int
+
+    def features(self, layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        """A layer's input as rows: [N, columns]."""
+        return self.thin(features(layer, x) if self.unfolded else rows(layer, x), len(x))
+
+    def thin(self, found: torch.Tensor, calls: int) -> torch.Tensor:
+        """Rows [calls * positions, K] with the positions that count."""
+        return found if self.stride == 1 else found.unflatten(0, (calls, -1))[:, :: self.stride].flatten(0, 1)
+
+
+def view(layer: Any, inputs: int, total: float) -> View:
+    """The fullest view that `total` rows can fill within `WORK`. inputs: channels that come in.
+
+    SD 1.5's widest resnets have 11,520 unfolded inputs and, with 64 recorded calls, 6,000 to 25,000 rows: too few to
+    tell so many apart. By channel there are 1,280.
+    """
+    taps = layer.weight[0, 0].numel() if isinstance(layer, nn.Conv2d) else 1
+    for columns in dict.fromkeys((inputs * taps, inputs)):
+        stride = max(1, math.ceil(total * columns**2 / WORK))
+        if columns == inputs or total / stride >= ROWS_PER_COLUMN * columns:
+            break
+    return View(columns, columns == inputs * taps, stride)
+
+
+def count_rows(batches: Sequence[Any], batch: Any, rows_of_batch: int) -> float:
+    """Rows that all batches bring, where one of them brings so many before guidance mixes its halves."""
+    calls = sum(len(b.weight) * (3 if b.pairs else 1) for b in batches)
+    return rows_of_batch / (len(batch.weight) * (2 if batch.pairs else 1)) * calls
 
 
 def features(layer: nn.Module, x: torch.Tensor) -> torch.Tensor:

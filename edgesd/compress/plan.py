@@ -41,11 +41,12 @@ class GroupPlan(_Frozen):
 
 
 class Size(_Frozen):
-    """Parameters, bytes in float32 and MACs per call of a component at its default size."""
+    """Parameters, bytes in float32 and MACs per call of a component at its default size; seconds, where measured."""
 
     params: int
     bytes: int
     macs: int
+    seconds: float | None = None
 
 
 class PrunePlan(_Frozen):
@@ -58,6 +59,7 @@ class PrunePlan(_Frozen):
     restore: str
     allocation: str
     source_sha256: str
+    target: str | None = None
     groups: tuple[GroupPlan, ...]
     before: Size
     after: Size
@@ -74,6 +76,17 @@ class PrunePlan(_Frozen):
                 f"the pruning plan does not parse ({where}: {first['msg'][:200]})", "what edgesd prune writes",
                 "Prune the model again",
             ) from None  # fmt: skip
+
+    def off(self) -> dict[str, float]:
+        """Share taken off of params, bytes and macs, and of seconds where they were measured."""
+        before, after = (size.model_dump(exclude_none=True) for size in (self.before, self.after))
+        return {name: 1 - after[name] / before[name] for name in before}
+
+    def summary(self) -> dict[str, Any]:
+        """The plan without its indices, for people and manifests."""
+        told = self.model_dump(mode="json", exclude={"groups"})
+        kinds = {kind: {"kept": kept, "whole": whole} for kind, (kept, whole) in self.by_kind().items()}
+        return told | {"kinds": kinds}
 
     def by_kind(self) -> dict[str, tuple[int, int]]:
         """kind -> (channels kept, channels there were)."""

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import get_args
 
 import torch
 from torch import nn
@@ -15,12 +16,14 @@ from edgesd.compress.calls import PARTS, Batch, Recorded, batches
 from edgesd.compress.evidence import collect
 from edgesd.compress.groups import Group, find_groups
 from edgesd.compress.importance import IMPORTANCE, curve
+from edgesd.compress.latency import TARGETS, Latency, observe, whole
 from edgesd.compress.moments import RIDGE
 from edgesd.compress.plan import PrunePlan, Size, group_plans
 from edgesd.compress.restore import RESTORE, restore
 from edgesd.errors import RequestError
+from edgesd.manifest import ModelSpec
 from edgesd.models.count import Cost, count
-from edgesd.models.load import SIDECAR, LoadedModel
+from edgesd.models.load import SIDECAR, Checkpoint, LoadedModel
 from edgesd.models.modules import share
 from edgesd.models.saving import save_checkpoint, sidecar_of
 
@@ -53,17 +56,19 @@ def prune(
     protect: Sequence[str] = (),
     careful: float = CAREFUL,
     ridge: float = RIDGE,
+    target: str | None = None,
     progress: Progress = lambda stage, done, total: None,
 ) -> Pruned:
-    """Takes `ratio` of a component's MACs (parameters, bytes) off and gives back what least squares can.
+    """Takes `ratio` of a component's MACs (parameters, bytes, latency) off and gives back what least squares can.
 
     calls: recorded calls of that component from this very model (`CalibrationSet.calls`). out: a checkpoint folder to
     write, with the plan in its sidecar and a chart; None writes nothing. protect: globs of group names to leave whole;
-    careful: the largest share that goes from a group of the first and last block. The model given is not changed.
+    careful: the largest share that goes from a group of the first and last block. target: whose runtime a budget of
+    latency is measured on, here and now (`latency`). The model given is not changed.
     Raises RequestError (ratio outside (0, 0.9) or out of reach, a name that is none, nothing to prune, too few calls)
     and DataError (activations that are not finite, with layer and step); nothing is written then.
     """
-    _check(ratio, len(calls), component, importance, restoration, allocation, budget)
+    _check(ratio, len(calls), component, importance, restoration, allocation, budget, target)
     part, prefix = PARTS[component]
     refuse_twice(model, part)
     dense, lots = model.modules[part], batches(component, calls, model.spec)
@@ -76,20 +81,16 @@ def prune(
     protected([g.name for g in groups], protect)  # a wrong name is told before the work, not after
     progress("importance", 0, len(groups))
     evidence = collect(dense, groups, lots, importance)
+    groups = [g for g in groups if g.name in evidence]
     curves = {}
     for done, name in enumerate(list(evidence)):
         curves[name] = curve(evidence.pop(name), importance, restoration, ridge)
         progress("importance", done + 1, len(groups))
+    latency = None if target is None else observe(dense, groups, lots[0], model.spec, target)
     kept = allocate(
-        curves,
-        groups,
-        before,
-        ratio,
-        allocation=allocation,
-        budget=budget,
-        protect=protect,
-        careful=careful,
-    )
+        curves, groups, before, ratio, allocation=allocation, budget=budget, protect=protect, careful=careful,
+        latency=latency,
+    )  # fmt: skip
     smaller = share(dense)
     restore(
         dense, smaller, groups, kept, lots, method=restoration, ridge=ridge,
@@ -97,9 +98,9 @@ def prune(
     )  # fmt: skip
     plan = PrunePlan(
         component=component, ratio=ratio, budget=budget, importance=importance, restore=restoration,
-        allocation=allocation, source_sha256=model.sha256,
+        allocation=allocation, source_sha256=model.sha256, target=target,
         groups=group_plans({g.name: g for g in groups}, kept, curves),
-        before=_size(before), after=_size(component_cost(smaller, lots[0])),
+        before=_size(before, latency), after=_after(smaller, lots[0], latency, model.spec),
     )  # fmt: skip
     if out is not None:
         write_checkpoint(model, plan, smaller, out, groups)
@@ -107,15 +108,21 @@ def prune(
 
 
 def _check(
-    ratio: float, calls: int, component: str, importance: str, restoration: str, allocation: str, budget: str
-) -> None:
+    ratio: float, calls: int, component: str, importance: str, restoration: str, allocation: str, budget: str,
+    target: str | None,
+) -> None:  # fmt: skip
     choices = (
         (component, PARTS, "component"), (importance, IMPORTANCE, "importance"), (restoration, RESTORE, "restore"),
-        (allocation, ALLOCATIONS, "allocation"), (budget, ("macs", "params", "bytes"), "budget"),
+        (allocation, ALLOCATIONS, "allocation"), (budget, get_args(Budget), "budget"),
     )  # fmt: skip
     for value, allowed, flag in choices:
         if value not in allowed:
             raise RequestError(f"{flag} {value!r}", ", ".join(allowed), f"Change --{flag}")
+    if (budget == "latency") != (target is not None) or target not in (None, *TARGETS):
+        fitting = f"latency with one of {', '.join(TARGETS)}; other budgets without"
+        raise RequestError(f"budget {budget} with target {target}", fitting, "Change --budget or --target")
+    if target is not None and component != "unet":
+        raise RequestError(f"latency of {component}", "of the UNet", "Choose another --budget")
     if not 0 < ratio < MAX_RATIO:
         raise RequestError(
             f"ratio {ratio}", f"above 0, below {MAX_RATIO}: the share of {budget} taken off", "Change --ratio"
@@ -124,7 +131,7 @@ def _check(
         raise RequestError(f"{calls} recorded calls", f"at least {MIN_CALLS}", "Record more with edgesd calibrate")
 
 
-def refuse_twice(model: LoadedModel, part: str) -> None:
+def refuse_twice(model: Checkpoint, part: str) -> None:
     """A part pruned before is no base for more: its lost units cannot be weighed against those left."""
     sidecar = model.parts[part].parent / SIDECAR
     if sidecar.is_file() and part in json.loads(sidecar.read_text(encoding="utf-8")).get("pruned", {}):
@@ -155,8 +162,15 @@ def component_cost(module: nn.Module, batch: Batch) -> Cost:
     )
 
 
-def _size(cost: Cost) -> Size:
-    return Size(params=cost.params, bytes=cost.bytes, macs=cost.macs)
+def _size(cost: Cost, latency: Latency | None = None) -> Size:
+    return Size(
+        params=cost.params, bytes=cost.bytes, macs=cost.macs, seconds=None if latency is None else latency.whole
+    )
+
+
+def _after(smaller: nn.Module, batch: Batch, latency: Latency | None, spec: ModelSpec) -> Size:
+    again = None if latency is None else replace(latency, whole=whole(smaller, spec, latency.target))
+    return _size(component_cost(smaller, batch), again)
 
 
 def write_checkpoint(
@@ -182,9 +196,10 @@ def draw_chart(plan: PrunePlan, groups: Sequence[Group], path: Path) -> None:
     axes.set_yticks(position, [f"{g.name}  {len(g.kept)}/{g.units}" for g, _, _ in bars], fontsize=6)
     axes.invert_yaxis()
     axes.set_xlabel("million MACs a call")
-    off, off_params = (1 - getattr(plan.after, k) / getattr(plan.before, k) for k in ("macs", "params"))
+    off = plan.off()
     axes.set_title(
-        f"{plan.component}: {off:.1%} of MACs, {off_params:.1%} of parameters off ({plan.importance}, {plan.restore})"
+        f"{plan.component}: {off['macs']:.1%} of MACs, {off['params']:.1%} of parameters off "
+        f"({plan.importance}, {plan.restore})"
     )
     axes.legend()
     figure.savefig(path, dpi=120)

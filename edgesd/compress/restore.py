@@ -20,7 +20,7 @@ from torch import nn
 
 from edgesd.compress.calls import Batch
 from edgesd.compress.groups import Group, cut
-from edgesd.compress.moments import RIDGE, Moments, features, require_finite, rows
+from edgesd.compress.moments import RIDGE, Moments, View, count_rows, require_finite, rows, view
 from edgesd.compress.replay import Halt, lockstep
 
 RESTORE = ("ls", "bias", "none")
@@ -56,7 +56,9 @@ def restore(
             for halt in halts[1::2]:
                 halt.x = halt.x.index_select(1 if isinstance(layer, nn.Conv2d) else -1, channels)
         if begun and method != "none":
-            _correct(dense, pruned, group, halts, batches, method, ridge)
+            left = set(kept[group.name])
+            gone = group.channels([unit for unit in range(group.units) if unit not in left])
+            _correct(dense, pruned, group, gone, halts, batches, method, ridge)
         progress(done + 1, len(consumers))
 
 
@@ -64,25 +66,58 @@ def _correct(
     dense: nn.Module,
     pruned: nn.Module,
     group: Group,
+    gone: torch.Tensor,
     halts: Sequence[Halt],
     batches: Sequence[Batch],
     method: str,
     ridge: float,
 ) -> None:
     layer: Any = pruned.get_submodule(group.consumer)
-    sums = Moments(layer.weight[0].numel() if method == "ls" else 0, len(layer.weight))
-    for before, after, batch in zip(halts[::2], halts[1::2], batches, strict=True):
+    pairs = list(zip(halts[::2], halts[1::2], batches, strict=True))
+    made = len(rows(layer, layer(pairs[0][1].x)))
+    seen = view(layer, layer.weight.shape[1], count_rows(batches, batches[0], made))
+    if method == "ls" and not seen.unfolded and len(gone):
+        _stand_in(dense.get_submodule(group.consumer), layer, group, gone, pairs, seen, ridge)
+    sums = Moments(seen.columns if method == "ls" else 0, len(layer.weight))
+    for before, after, batch in pairs:
         missing = rows(layer, _stream(dense, group, before) - _stream(pruned, group, after))
         require_finite(f"{group.consumer} (steps {batch.steps})", missing)
-        x = features(layer, after.x) if method == "ls" else missing[:, :0]
+        missing = seen.thin(missing, len(after.x))
+        x = seen.features(layer, after.x) if method == "ls" else missing[:, :0]
         for one, scaled, wanted in batch.mixed(torch.ones(len(x), 1), x, missing):
             sums.add(one, scaled, wanted)
     if method == "ls":
         delta, shift = sums.solve(ridge)
-        layer.weight = _frozen(layer.weight + delta.reshape(layer.weight.shape).float())
+        change = delta.float()
+        if seen.unfolded:
+            change = change.reshape(layer.weight.shape)
+        else:  # at the middle tap
+            change = torch.zeros_like(layer.weight)
+            change[:, :, layer.weight.shape[2] // 2, layer.weight.shape[3] // 2] = delta.float()
+        layer.weight = _frozen(layer.weight + change)
     else:
         shift = (sums.y / sums.weight).double()
     layer.bias = _frozen(shift.float() if layer.bias is None else layer.bias + shift.float())
+
+
+def _stand_in(
+    dense: Any, layer: Any, group: Group, gone: torch.Tensor, pairs: Sequence[Any], seen: View, ridge: float
+) -> None:
+    """Where taps are too many to tell apart: channels that stay stand in for those gone, alike at every tap.
+
+    x_gone = A x_kept + c by least squares over positions, so that the weights of what is gone move to what stays.
+    """
+    axis = 1 if isinstance(layer, nn.Conv2d) else -1
+    sums = Moments(seen.columns, len(gone))
+    for before, after, batch in pairs:
+        x, wanted = seen.features(layer, after.x), seen.features(dense, before.x.index_select(axis, gone))
+        for one, scaled, target in batch.mixed(torch.ones(len(x), 1), x, wanted):
+            sums.add(one, scaled, target)
+    mapped, constant = sums.solve(ridge)
+    lost = dense.weight.index_select(1, gone)
+    layer.weight = _frozen(layer.weight + torch.einsum("ogtu,gk->oktu", lost, mapped.float()))
+    shift = torch.einsum("ogtu,g->o", lost, constant.float())
+    layer.bias = _frozen(shift if layer.bias is None else layer.bias + shift)
 
 
 def _stream(module: nn.Module, group: Group, halt: Halt) -> torch.Tensor:

@@ -39,6 +39,7 @@ class Checkpoint:
     source, revision, sha256, licence: provenance for the manifest; source is an id or folder name, never a path.
     parts: folder of text_encoder, text_encoder_2, unet, vae, as far as the model has them. tokenizers: folder per
     spec.tokenizers. loras, embeddings: what `load_parts` adds. ingredients: the record of all that was added.
+    finished: parts that hold all of it already.
     """
 
     spec: ModelSpec
@@ -51,6 +52,7 @@ class Checkpoint:
     loras: tuple[Lora, ...] = ()
     embeddings: tuple[Embedding, ...] = ()
     ingredients: tuple[Ingredient, ...] = ()
+    finished: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -128,7 +130,9 @@ def load_parts(checkpoint: Checkpoint, only: Iterable[str] | None = None) -> Loa
     """The checkpoint with the weights of `only` (all parts if None). Raises DataError for missing or broken weights."""
     chosen = checkpoint.parts if only is None else {part: checkpoint.parts[part] for part in only}
     with quiet():
-        modules = ingredients.apply(checkpoint, {part: load_module(folder, part) for part, folder in chosen.items()})
+        loaded = {part: load_module(folder, part) for part, folder in chosen.items()}
+        raw = {part: module for part, module in loaded.items() if part not in checkpoint.finished}
+        modules = loaded | ingredients.apply(checkpoint, raw)
     return LoadedModel(**{f.name: getattr(checkpoint, f.name) for f in fields(Checkpoint)}, modules=modules)
 
 

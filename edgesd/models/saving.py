@@ -55,10 +55,16 @@ def save_checkpoint(
         for folder in (source / "scheduler", *model.tokenizers):
             copy_tree(folder, new / folder.name)
         for part, folder in model.parts.items():
-            weights = (".safetensors", ".safetensors.index.json", ".bin") if part in changed else ()
-            copy_tree(folder, new / part, skip=weights)
-        for part, module in changed.items():
-            tensors = {k: v.detach().cpu().contiguous() for k, v in module.state_dict().items()}
-            save_file(tensors, new / part / weights_name(part), metadata={"format": "pt"})
+            if part in changed:
+                save_part(part, folder, changed[part], new)
+            else:
+                copy_tree(folder, new / part)
         (new / SIDECAR).write_text(json.dumps(told, indent=1), encoding="utf-8")
         also(new)
+
+
+def save_part(part: str, source: Path, module: nn.Module, folder: Path) -> None:
+    """Writes `folder/part`: the configs of `source` with a module's weights."""
+    copy_tree(source, folder / part, skip=(".safetensors", ".safetensors.index.json", ".bin"))
+    tensors = {k: v.detach().cpu().contiguous() for k, v in module.state_dict().items()}
+    save_file(tensors, folder / part / weights_name(part), metadata={"format": "pt"})
