@@ -53,8 +53,8 @@ class Planned:
 class BuildPlan:
     """One bundle to make, whole: what, where, and the samplers whose tables go in.
 
-    params: of the checkpoint's parts in memory before pruning, largest_params: of the largest, dense_unet_params: of the
-    UNet; stored_bytes: of the largest's files.
+    params: of the checkpoint's parts in memory before pruning, largest_params: of the largest, dense_unet_params: of
+    the UNet; stored_bytes: of the largest's files.
     prompts: the only ones the bundle will know, () = any. What `edgesd.memory.fit` decided: one_at_a_time (a process a
     stage, one part of the model in it), downgrades, notes (what was decided, for people).
     """
