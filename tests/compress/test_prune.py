@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from edgesd.calibration.sets import Call
+from edgesd.compress import latency, moments
 from edgesd.compress.allocate import allocate
 from edgesd.compress.calls import batches
 from edgesd.compress.evidence import collect
@@ -270,3 +271,62 @@ def test_values_that_are_not_finite_name_the_layer(model, calls, tmp_path):
     with pytest.raises(DataError, match=r"down_blocks.*steps?"):
         prune(model, 0.2, broken, tmp_path / "out")
     assert not list(tmp_path.iterdir())
+
+
+# ---- few rows, big layers ------------------------------------------------------------------------------------------
+
+
+def test_views_hold_what_the_rows_can_tell():
+    conv, linear = nn.Conv2d(16, 8, 3), nn.Linear(16, 8)
+    assert moments.view(conv, 16, 10_000) == moments.View(144, True, 1)
+    assert moments.view(conv, 16, 500) == moments.View(16, False, 1)  # 144 unfolded inputs need 576 rows
+    assert moments.view(linear, 16, 10) == moments.View(16, True, 1)
+    big = moments.view(conv, 16, 1e9)
+    assert big.stride > 1
+    assert 1e9 / big.stride * 144**2 <= moments.WORK
+    thinned = dataclasses.replace(big, stride=3).thin(torch.arange(20.0).view(20, 1), 2)
+    assert thinned.flatten().tolist() == [0, 3, 6, 9, 10, 13, 16, 19]
+
+
+def test_restoring_by_channel_still_beats_none(model, calls, monkeypatch):
+    options = {"importance": "l1", "allocation": "uniform"}
+    none = prune(model, 0.15, calls, restoration="none", **options)
+    taps = prune(model, 0.15, calls, **options)
+    monkeypatch.setattr(moments, "ROWS_PER_COLUMN", 1e9)  # never enough rows for the taps
+    channels = prune(model, 0.15, calls, **options)
+    assert error(model, taps.module, calls) < error(model, channels.module, calls)
+    assert error(model, channels.module, calls) < 0.6 * error(model, none.module, calls)
+    monkeypatch.setattr(moments, "WORK", 1e6)  # and few positions of each call
+    thin = prune(model, 0.15, calls, **options)
+    assert error(model, thin.module, calls) < error(model, none.module, calls)
+
+
+# ---- latency ---------------------------------------------------------------------------------------------------------
+
+
+def test_latency_is_interpolated_and_bought_where_it_is_cheap():
+    groups, curves = plain_groups()
+    slow = next(g.name for g in groups if "resnets" in g.name and "mid" in g.name)
+    blocks = {g.name: [(1, 1.0), (g.units, 5.0 if g.name == slow else 1.001)] for g in groups}
+    found = latency.Latency("openvino", 10.0, blocks)
+    assert found.saved(slow, 0) == 0
+    half = found.saved(slow, 1)
+    assert 0 < half < found.saved(slow, 2) <= 4
+    kept = allocate(curves, groups, cost(1), 0.1, budget="latency", latency=found, careful=1.0)
+    assert len(kept[slow]) < next(g.units for g in groups if g.name == slow)
+    assert sum(found.saved(g.name, g.units - len(kept[g.name])) for g in groups) >= 1.0
+    with pytest.raises(RequestError, match=r"up to 0\.\d+"):
+        allocate(curves, groups, cost(1), 0.85, budget="latency", latency=found, careful=1.0)
+    with pytest.raises(RequestError, match="target"):
+        allocate(curves, groups, cost(1), 0.1, budget="latency")
+
+
+def test_latency_is_measured_on_the_target_itself(model, calls):
+    done = prune(model, 0.02, calls[:8], importance="l1", restoration="none", budget="latency", target="openvino")
+    plan = done.plan
+    assert plan.target == "openvino"
+    assert plan.before.seconds > 0 < plan.after.seconds
+    assert plan.after.macs < plan.before.macs
+    for wrong in ({"target": "coreml"}, {"target": None}, {"budget": "macs"}, {"component": "text_encoder"}):
+        with pytest.raises(RequestError):
+            prune(model, 0.1, calls[:8], **({"budget": "latency", "target": "openvino"} | wrong))
