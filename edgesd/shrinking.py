@@ -64,8 +64,8 @@ def prune_model(
         recorded.require(loaded)
         made = prune(
             loaded, ratio, recorded.calls(component, calls), out, component=component, importance=importance,
-            restoration=restoration, allocation=allocation, budget=budget, target=target, protect=protect,
-            progress=tick,  # type: ignore[arg-type]
+            restoration=restoration, allocation=allocation, budget=budget, target=target,  # type: ignore[arg-type]
+            protect=protect, progress=tick,
         )  # fmt: skip
     plan = made.plan
     off = plan.off()
