@@ -3,7 +3,7 @@ VENV ?= .venv
 PYTHON ?= python3
 BIN = $(VENV)/bin
 
-.PHONY: setup check test bench demo web demo-web test-web test-android
+.PHONY: setup check test bench demo web demo-web test-web test-android test-ios
 # torch comes first and by version: a range would pull CUDA builds where the CPU build is wanted. The constraints are the
 # versions tested together; without them pip searches long.
 $(VENV)/.ready: pyproject.toml constraints.txt
@@ -68,3 +68,7 @@ test-android: setup
 
 bench: setup
 	$(BIN)/python benchmarks/loop_overhead.py
+
+# The Swift package on Linux: docs/ios.md.
+test-ios:
+	ios_demo/test-linux.sh

@@ -25,6 +25,7 @@ final class Studio: ObservableObject {
     private var task: Task<Void, Never>?
     private var background = UIBackgroundTaskIdentifier.invalid
     private var pausedByBackground = false
+    private var started = 0
 
     func open(_ folder: URL) {
         guard task == nil else { return }
@@ -109,7 +110,7 @@ final class Studio: ObservableObject {
 
     func memoryWarning() {
         Task { await painter.forgetMemory() }  // between two rows: the painter is an actor
-        problem = phase == .drawing ? "Memory is short: the model loads again for the next step." : nil
+        if phase == .drawing { problem = "Memory is short: the model loads again for the next step." }
     }
 
     private func endBackground() {
@@ -139,15 +140,15 @@ final class Studio: ObservableObject {
     }
 
     private func start(_ work: @escaping @MainActor () async throws -> Void) {
-        var mine: Task<Void, Never>?
-        mine = Task {
+        started += 1
+        let mine = started
+        task = Task {
             do { try await work() } catch is CancellationError {} catch {
                 problem = "\(error)"
                 phase = pipeline == nil ? .empty : .ready
             }
-            if task == mine { task = nil }
+            if started == mine { task = nil }
         }
-        task = mine
     }
 }
 

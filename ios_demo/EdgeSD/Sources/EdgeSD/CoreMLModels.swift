@@ -72,7 +72,7 @@ public final class CoreMLModels {
         let halves = Set(variant.inputs.filter { $0.dtype == "float16" }.map(\.name))  // what chunks tell each other
         let arrays = try Dictionary(uniqueKeysWithValues: inputs.map { ($0, try multiArray($1, half: halves.contains($0))) })
         let made = try model.prediction(from: try MLDictionaryFeatureProvider(dictionary: arrays))
-        return try Dictionary(uniqueKeysWithValues: variant.outputs.map { spec in
+        return try Dictionary(uniqueKeysWithValues: variant.outputs.map { spec -> (String, AnyArray) in
             guard let array = made.featureValue(for: spec.name)?.multiArrayValue else {
                 throw dataError("the model gave no \(spec.name)", "what its manifest says", "Package the model again")
             }

@@ -107,18 +107,20 @@ public final class Run {
                 log.changes += try governor.ask(rowsRun: 0, calls: 0)
             } else if let step, asked {
                 try change(leaving: step.table, step.row, sample: step.sample, step.modelOutput, governor)
-            } else if !asked, let last = log.last {
+            } else if !asked, let last = log.last, loop.state.row < loop.table.rows {
                 // What an uninterrupted run is asked after the row that this one was stopped behind.
                 try change(leaving: loop.table, loop.state.row - 1, sample: last.sample, last.modelOutput, governor)
             }
         }
         asked = true
-        let made = try loop.next(denoise: denoise) { row in
+        var rest = loop  // what the UNet is asked reads `loop` meanwhile
+        let made = try rest.next(denoise: denoise) { row in
             log.draws += 1  // after a bridge no row draws what a row before it drew
             let keyed = UInt32(row + log.bridges << 16)
             let drawn = noise.normal(Array(shape.dropFirst()), image: UInt32(settings.index), row: keyed, purpose: .step)
             return Tensor(shape, drawn.values)
         }
+        loop = rest
         guard let made else {
             finished = true
             return nil

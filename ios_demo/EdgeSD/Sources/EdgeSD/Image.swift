@@ -10,7 +10,7 @@ public func toUint8(_ image: Tensor) throws -> NDArray<UInt8> {
     var out = [UInt8](repeating: 0, count: 3 * plane)
     for pixel in 0..<plane {
         for channel in 0..<3 {
-            let unit = min(max(image.values[channel * plane + pixel] * 0.5 + 0.5, 0), 1)
+            let unit: Float = min(max(image.values[channel * plane + pixel] * 0.5 + 0.5, 0), 1)
             out[3 * pixel + channel] = UInt8((unit * 255).rounded(.toNearestOrEven))
         }
     }
@@ -28,8 +28,10 @@ public func preview(_ x0: Tensor, _ latent: LatentSpec) throws -> NDArray<UInt8>
     out.reserveCapacity(3 * plane)
     for pixel in 0..<plane {
         for (row, bias) in zip(factors, bias) {
-            let sum = row.enumerated().reduce(bias) { $0 + $1.element * Double(x0.values[$1.offset * plane + pixel]) }
-            out.append(UInt8((sum.isNaN ? 0 : min(max(sum, 0), 1) * 255).rounded(.toNearestOrEven)))
+            var sum: Double = bias
+            for (channel, factor) in row.enumerated() { sum += factor * Double(x0.values[channel * plane + pixel]) }
+            let level: Double = sum.isNaN ? 0 : min(max(sum, 0), 1) * 255
+            out.append(UInt8(level.rounded(.toNearestOrEven)))
         }
     }
     return NDArray([x0.shape[2], x0.shape[3], 3], out)

@@ -30,14 +30,17 @@ public struct Philox: Sendable {
         for block in 0..<UInt32((count + 3) / 4) {
             let words = Philox.words((block, image, row, purpose.rawValue), key)
             for (first, second) in [(words.0, words.1), (words.2, words.3)] {
-                let radius = (-2 * log((Double(first) + 1) * 0x1p-32)).squareRoot()
-                let angle = (2 * Double.pi * 0x1p-32) * Double(second)
+                let unit: Double = (Double(first) + 1) * 0x1p-32
+                let radius: Double = (-2 * log(unit)).squareRoot()
+                let angle: Double = Philox.turn * Double(second)
                 values.append(Float(radius * cos(angle)))
                 values.append(Float(radius * sin(angle)))
             }
         }
         return Tensor(shape, Array(values.prefix(count)))
     }
+
+    private static let turn: Double = 2 * Double.pi * 0x1p-32
 
     typealias Words = (UInt32, UInt32, UInt32, UInt32)
 

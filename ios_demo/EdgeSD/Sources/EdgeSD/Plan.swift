@@ -85,13 +85,20 @@ public func combine(_ uncond: Tensor, _ cond: Tensor, guidance: Double, rescale:
     for image in 0..<cond.shape[0] {
         let range = image * size..<(image + 1) * size
         let ratio = Float(deviation(cond.values[range]) / deviation(guided.values[range]))
-        for i in range { guided.values[i] = Float(rescale) * (guided.values[i] * ratio) + Float(1 - rescale) * guided.values[i] }
+        let (share, rest) = (Float(rescale), Float(1 - rescale))
+        for i in range {
+            let value: Float = guided.values[i]
+            guided.values[i] = share * (value * ratio) + rest * value
+        }
     }
     return guided
 }
 
 private func deviation(_ values: ArraySlice<Float>) -> Double {
     let mean = values.reduce(0.0) { $0 + Double($1) } / Double(values.count)
-    let squares = values.reduce(0.0) { $0 + (Double($1) - mean) * (Double($1) - mean) }
+    let squares = values.reduce(0.0) { (sum: Double, value: Float) -> Double in
+        let off = Double(value) - mean
+        return sum + off * off
+    }
     return (squares / Double(values.count - 1)).squareRoot()
 }

@@ -10,10 +10,11 @@ public enum Png {
     /// A picture [H,W,3] as PNG bytes. settings: what goes into the text chunk.
     public static func encode(_ image: NDArray<UInt8>, settings: Json? = nil) -> [UInt8] {
         let (height, width) = (image.shape[0], image.shape[1])
-        let head = word(width) + word(height) + [8, 2, 0, 0, 0]  // 8 bits, RGB, deflate, filters, not interlaced
-        var out = signature + chunk("IHDR", head)
-        if let settings { out += chunk("tEXt", Array(key.utf8) + [0] + Array(settings.dumped.utf8)) }
-        return out + chunk("IDAT", deflate(filtered(image))) + chunk("IEND", [])
+        let form: [UInt8] = [8, 2, 0, 0, 0]  // 8 bits, RGB, deflate, filters, not interlaced
+        var out = signature + chunk("IHDR", word(width) + word(height) + form)
+        if let settings { out += chunk("tEXt", Array("\(key)\0\(settings.dumped)".utf8)) }
+        out += chunk("IDAT", deflate(filtered(image)))
+        return out + chunk("IEND", [])
     }
 
     /// The settings in a PNG, not yet checked; every chunk's checksum is verified. DataError for one that is broken, no
@@ -24,12 +25,12 @@ public enum Png {
         guard data.count <= maxBytes, data.starts(with: signature) else { throw bad("is no PNG") }
         var at = signature.count, found: [UInt8]?, ended = false
         while at + 12 <= data.count, !ended {
-            let length = data[at..<at + 4].reduce(0) { $0 << 8 | Int($1) }
+            let length = Int(number(data[at..<at + 4]))
             guard length <= data.count - at - 12 else { throw bad("is cut off") }
             let body = data[at + 4..<at + 8 + length], end = at + 8 + length
-            guard crc32(body) == data[end..<end + 4].reduce(UInt32(0), { $0 << 8 | UInt32($1) }) else { throw bad("is broken") }
+            guard crc32(body) == number(data[end..<end + 4]) else { throw bad("is broken") }
             let kind = String(decoding: body.prefix(4), as: UTF8.self), value = body.dropFirst(4)
-            if kind == "tEXt", value.starts(with: Array(key.utf8) + [0]) { found = Array(value.dropFirst(key.utf8.count + 1)) }
+            if kind == "tEXt", value.starts(with: "\(key)\0".utf8) { found = Array(value.dropFirst(key.utf8.count + 1)) }
             ended = kind == "IEND"
             at = end + 4
         }
@@ -65,17 +66,24 @@ public enum Png {
         for first in stride(from: 0, to: data.count, by: 65535) {
             let part = data[first..<min(first + 65535, data.count)], length = UInt16(part.count)
             let isLast: UInt8 = first + 65535 >= data.count ? 1 : 0
-            out += [isLast, UInt8(length & 255), UInt8(length >> 8), UInt8(~length & 255), UInt8(~length >> 8)] + part
+            out.append(isLast)
+            for size in [length, ~length] { out += [UInt8(size & 255), UInt8(size >> 8)] }
+            out += part
         }
         return out + adler32(data)
     }
 
     private static func chunk(_ kind: String, _ data: [UInt8]) -> [UInt8] {
-        let body = Array(kind.utf8) + data
-        return word(data.count) + body + word(Int(crc32(body[...])))
+        let body: [UInt8] = Array(kind.utf8) + data
+        let check: [UInt8] = word(Int(crc32(body[...])))
+        return word(data.count) + body + check
     }
 
-    private static func word(_ value: Int) -> [UInt8] { (0..<4).map { UInt8(truncatingIfNeeded: value >> (24 - 8 * $0)) } }
+    private static func word(_ value: Int) -> [UInt8] { withUnsafeBytes(of: UInt32(value).bigEndian) { Array($0) } }
+
+    private static func number(_ bytes: ArraySlice<UInt8>) -> UInt32 {
+        bytes.reduce(UInt32(0)) { (sum: UInt32, byte: UInt8) -> UInt32 in sum << 8 | UInt32(byte) }
+    }
 
     private static func adler32(_ data: [UInt8]) -> [UInt8] {
         var (a, b): (UInt32, UInt32) = (1, 0)
@@ -87,10 +95,15 @@ public enum Png {
     }
 
     private static let crcTable: [UInt32] = (0..<256).map { n in
-        (0..<8).reduce(UInt32(n)) { c, _ in c & 1 == 1 ? 0xEDB8_8320 ^ c >> 1 : c >> 1 }
+        (0..<8).reduce(UInt32(n)) { (c: UInt32, _) -> UInt32 in
+            let half = c >> 1
+            return c & 1 == 1 ? 0xEDB8_8320 ^ half : half
+        }
     }
 
     private static func crc32(_ data: ArraySlice<UInt8>) -> UInt32 {
-        ~data.reduce(~UInt32(0)) { crcTable[Int(($0 ^ UInt32($1)) & 255)] ^ $0 >> 8 }
+        ~data.reduce(~UInt32(0)) { (crc: UInt32, byte: UInt8) -> UInt32 in
+            crcTable[Int((crc ^ UInt32(byte)) & 255)] ^ (crc >> 8)
+        }
     }
 }

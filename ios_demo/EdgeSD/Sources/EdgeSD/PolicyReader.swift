@@ -55,7 +55,9 @@ extension When {
             case .charging, .saver:
                 found[axis] = .oneOf(try field.list(1...2) { try $0.flag() ? 1 : 0 })
             default:
-                let ends = try field.list(2...2) { $0.json?.isNull == true ? nil : try $0.number(0...unbounded) }
+                let ends = try field.list(2...2) { (end: Field) -> Double? in
+                    try end.json?.isNull == true ? nil : end.number(0...unbounded)
+                }
                 guard let low = ends[0] else { throw field.wrong("should begin with a number") }
                 guard ends[1].map({ low <= $0 }) ?? true else { throw field.wrong("is empty") }
                 found[axis] = .between(low, ends[1])

@@ -13,7 +13,7 @@ public struct Safetensors: Sendable {
     /// Throws Malformed or Json.Malformed. F32, I32, I64 and U8 are the types edgesd writes.
     init(parsing data: [UInt8]) throws {
         guard data.count >= 8 else { throw Malformed(reason: "no header") }
-        let length = data[..<8].reversed().reduce(UInt64(0)) { $0 << 8 | UInt64($1) }
+        let length = data.withUnsafeBytes { UInt64(littleEndian: $0.loadUnaligned(as: UInt64.self)) }
         guard length <= 100_000_000, length <= UInt64(data.count - 8) else { throw Malformed(reason: "a header too long") }
         let body = 8 + Int(length)
         guard let head = try Json.parse(Array(data[8..<body])).object else { throw Malformed(reason: "no header") }
@@ -93,6 +93,7 @@ public struct Safetensors: Sendable {
         }
         var text = Array(Json.object(head).dumped.utf8)
         text += [UInt8](repeating: 0x20, count: (8 - text.count % 8) % 8)
-        return (0..<8).map { UInt8(truncatingIfNeeded: text.count >> (8 * $0)) } + text + body
+        let length: [UInt8] = withUnsafeBytes(of: UInt64(text.count).littleEndian) { Array($0) }
+        return length + text + body
     }
 }

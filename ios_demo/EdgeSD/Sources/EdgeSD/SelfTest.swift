@@ -138,8 +138,9 @@ public func snrDb(_ made: Tensor, _ wanted: Tensor) -> Double {
     guard made.shape == wanted.shape, made.isFinite else { return -200 }
     var (signal, noise) = (0.0, 0.0)
     for (a, b) in zip(made.values, wanted.values) {
+        let off = Double(a) - Double(b)
         signal += Double(b) * Double(b)
-        noise += (Double(a) - Double(b)) * (Double(a) - Double(b))
+        noise += off * off
     }
     if noise == 0 { return 200 }
     return signal == 0 ? -200 : min(max(10 * log10(signal / noise), -200), 200)

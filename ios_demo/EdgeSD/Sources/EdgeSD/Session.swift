@@ -169,7 +169,7 @@ private func checked(_ component: String, _ chunks: [Variant], _ inputs: [String
         throw requestError("inputs of \(component) differ in \(wrong.sorted().joined(separator: ", "))",
                            needed.keys.sorted().joined(separator: ", "), "Pass exactly these")
     }
-    return try Dictionary(uniqueKeysWithValues: needed.map { name, spec in
+    return try Dictionary(uniqueKeysWithValues: needed.map { (name: String, spec: TensorSpec) -> (String, AnyArray) in
         let array = inputs[name]!
         guard array.shape == spec.shape else {
             throw requestError("\(component) got \(name) of shape \(array.shape)", "\(spec.shape)",

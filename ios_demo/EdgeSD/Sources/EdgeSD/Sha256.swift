@@ -40,28 +40,30 @@ public struct Sha256 {
     public mutating func finish() -> [UInt8] {
         let bits = length * 8
         update([0x80] + [UInt8](repeating: 0, count: (119 - Int(length % 64)) % 64))
-        update((0..<8).map { UInt8(truncatingIfNeeded: bits >> (56 - 8 * UInt64($0))) })
-        return state.flatMap { word in (0..<4).map { UInt8(truncatingIfNeeded: word >> (24 - 8 * UInt32($0))) } }
+        update(withUnsafeBytes(of: bits.bigEndian) { Array($0) })
+        return state.flatMap { word in withUnsafeBytes(of: word.bigEndian) { Array($0) } }
     }
 
     private static func block(_ state: inout [UInt32], _ bytes: UnsafePointer<UInt8>) {
         withUnsafeTemporaryAllocation(of: UInt32.self, capacity: 64) { w in
             for i in 0..<16 {
-                w[i] = UInt32(bytes[4 * i]) << 24 | UInt32(bytes[4 * i + 1]) << 16
-                    | UInt32(bytes[4 * i + 2]) << 8 | UInt32(bytes[4 * i + 3])
+                w[i] = UnsafeRawPointer(bytes).loadUnaligned(fromByteOffset: 4 * i, as: UInt32.self).bigEndian
             }
             for i in 16..<64 {
-                let s0 = turned(w[i - 15], 7) ^ turned(w[i - 15], 18) ^ w[i - 15] >> 3
-                let s1 = turned(w[i - 2], 17) ^ turned(w[i - 2], 19) ^ w[i - 2] >> 10
+                let (far, near): (UInt32, UInt32) = (w[i - 15], w[i - 2])
+                let s0: UInt32 = turned(far, 7) ^ turned(far, 18) ^ (far >> 3)
+                let s1: UInt32 = turned(near, 17) ^ turned(near, 19) ^ (near >> 10)
                 w[i] = w[i - 16] &+ s0 &+ w[i - 7] &+ s1
             }
             var (a, b, c, d) = (state[0], state[1], state[2], state[3])
             var (e, f, g, h) = (state[4], state[5], state[6], state[7])
             for i in 0..<64 {
-                let s1 = turned(e, 6) ^ turned(e, 11) ^ turned(e, 25)
-                let first = h &+ s1 &+ ((e & f) ^ (~e & g)) &+ constants[i] &+ w[i]
-                let s0 = turned(a, 2) ^ turned(a, 13) ^ turned(a, 22)
-                let second = s0 &+ ((a & b) ^ (a & c) ^ (b & c))
+                let s1: UInt32 = turned(e, 6) ^ turned(e, 11) ^ turned(e, 25)
+                let choice: UInt32 = (e & f) ^ (~e & g)
+                let first: UInt32 = h &+ s1 &+ choice &+ constants[i] &+ w[i]
+                let s0: UInt32 = turned(a, 2) ^ turned(a, 13) ^ turned(a, 22)
+                let majority: UInt32 = (a & b) ^ (a & c) ^ (b & c)
+                let second: UInt32 = s0 &+ majority
                 (h, g, f, e, d, c, b, a) = (g, f, e, d &+ first, c, b, a, first &+ second)
             }
             for (i, word) in [a, b, c, d, e, f, g, h].enumerated() { state[i] = state[i] &+ word }

@@ -134,7 +134,7 @@ private struct TableGroup: Sendable {
 
     /// Warm-up row k has seen k+1 inputs and outputs: floats that `count` rows take.
     static func packedSize(_ count: Int, _ p: Int, _ q: Int) -> Int {
-        (0..<count).reduce(0) { $0 + min($1 + 1, p) + min($1 + 1, q) + 1 }
+        (0..<count).reduce(0) { (sum: Int, k: Int) -> Int in sum + min(k + 1, p) + min(k + 1, q) + 1 }
     }
 
     func table(_ wanted: Int) -> SamplerTable? {
@@ -143,7 +143,8 @@ private struct TableGroup: Sendable {
         // A short run has a shorter memory than its sampler's widest band: columns it never uses are left off again.
         let (p, q) = (used(inputCoef, self.p, range), used(outputCoef, self.q, range))
         var starts: [Int: Rows] = [:]
-        var number = zip(rows, steps).prefix(at).reduce(0) { $0 + Array(TableGroup.possibleStarts($1.0, $1.1, order)).count }
+        var number = 0
+        for (rows, steps) in zip(rows, steps).prefix(at) { number += Array(TableGroup.possibleStarts(rows, steps, order)).count }
         var coef = warmRows[..<number].reduce(0) { $0 + TableGroup.packedSize($1, self.p, self.q) }
         for start in TableGroup.possibleStarts(rows[at], wanted, order) {
             starts[start] = warmUp(warmRows[number], &coef, p, q)

@@ -87,7 +87,11 @@ extension Pipeline {
 /// Sinusoids of guidance - 1 for consistency models, [1,dim].
 func guidanceEmbedding(_ guidance: Double, _ dim: Int) -> Tensor {
     let half = dim / 2, step = Float(-log(10000.0) / Double(half - 1))
-    let angles = (0..<half).map { Float((guidance - 1) * 1000) * Float(exp(Double(Float($0) * step))) }
-    let values = angles.map { Float(sin(Double($0))) } + angles.map { Float(cos(Double($0))) }
+    let scale = Float((guidance - 1) * 1000)
+    let angles: [Float] = (0..<half).map { i in
+        let frequency: Double = exp(Double(Float(i) * step))
+        return scale * Float(frequency)
+    }
+    let values: [Float] = angles.map { Float(sin(Double($0))) } + angles.map { Float(cos(Double($0))) }
     return Tensor([1, dim], values + [Float](repeating: 0, count: dim % 2))
 }

@@ -50,7 +50,7 @@ public struct Widths: Sendable {
             (w == 1 || errors[w] != nil) && w >= limits.minWidth && w <= limits.maxWidth
                 && freeBytes.map { (bytes[w] ?? 0) <= $0 } ?? true
         }.sorted(by: >)
-        var best: (Double, WidthSwitch)?, least = Widths.margin * uniform.reduce(0, +)
+        var best: (first: Double, then: WidthSwitch)?, least = Widths.margin * uniform.reduce(0, +)
         for first in allowed {
             for second in allowed where second != first {
                 for tenths in 1..<Widths.bins {

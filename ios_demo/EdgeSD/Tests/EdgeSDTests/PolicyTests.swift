@@ -27,7 +27,7 @@ final class PolicyTests: XCTestCase {
     func testFiveHundredDecisionsArePythons() throws {
         let golden = try Golden.read("policy")
         let policies = try golden.list("policies").map { try Policy.parse(Array($0.dumped.utf8)) }
-        let limits = golden.list("limits").map(limits)
+        let bounds = golden.list("limits").map(limits)
         let cases = golden.list("cases")
         XCTAssertGreaterThanOrEqual(cases.count, 500)
         for (index, entry) in cases.enumerated() {
@@ -35,9 +35,11 @@ final class PolicyTests: XCTestCase {
             var previous: Decision?
             if let before = entry["previous"], !before.isNull {
                 previous = wanted
-                (previous!.row, previous!.timeS, previous!.betterSinceS) = (before.text("row"), before["time_s"]!.number!, before["better_since_s"]!.number)
+                previous?.row = before.text("row")
+                previous?.timeS = before["time_s"]!.number!
+                previous?.betterSinceS = before["better_since_s"]!.number
             }
-            let made = try policies[entry.whole("policy")].decide(state, previous: previous, limits: limits[entry.whole("limits")])
+            let made = try policies[entry.whole("policy")].decide(state, previous: previous, limits: bounds[entry.whole("limits")])
             XCTAssertEqual(made, wanted, "case \(index)")
         }
     }
