@@ -117,7 +117,7 @@ private struct TableGroup: Sendable {
             throw bad("draws")
         }
         self.draws = draws.values.map { $0 == 1 }
-        guard zip(alpha, sigma).allSatisfy({ $0 >= 0 && $1 >= 0 && $0 + $1 > 0 }) else { throw bad("a sign") }
+        guard zip(alpha, sigma).allSatisfy({ (a: Float, s: Float) -> Bool in a >= 0 && s >= 0 && a + s > 0 }) else { throw bad("a sign") }
         guard kind != "epsilon" || alpha.allSatisfy({ $0 > 0 }) else { throw bad("alpha 0 with epsilon prediction") }
         let places = zip(self.rows, self.steps).flatMap { rows, steps in
             TableGroup.possibleStarts(rows, steps, order).map { rows - $0 }
