@@ -26,7 +26,7 @@ from edgesd.runtime.session import Arrays, Watched
 from edgesd.runtime.settings import Settings
 from edgesd.runtime.table import save_tables
 
-PLACE = Path(__file__).parent / "EdgeSD" / "Tests" / "EdgeSDTests" / "recorded.edgesd"
+PLACE = Path(__file__).parent / "EdgeSD" / "Tests" / "EdgeSDTests" / "recorded"
 TOKENIZER = Path(edgesd.__file__).parent / "models" / "shapes" / "tokenizer" / "tokenizer.json"
 SETTINGS = Settings(
     prompt="a red circle above a (blue square:1.2) on a white background", negative_prompt="green", seed=3,
@@ -59,7 +59,7 @@ def main() -> None:
         (folder / "tokenizer.json").write_bytes(TOKENIZER.read_bytes())
         (folder / "balanced.json").write_bytes((POLICIES / "balanced.json").read_bytes())
         save_tables(folder / "samplers.safetensors", [pipeline.table(SETTINGS.sampler, steps) for steps in (5, 8)])
-        save_file({"image": picture.image, "latents": picture.latents}, folder / "picture.safetensors")
+        save_file({"image": np.ascontiguousarray(picture.image), "latents": picture.latents}, folder / "picture.safetensors")
         (folder / "settings.json").write_text(json.dumps(asdict(picture.settings)) + "\n")
         tokenizers = tuple(t.model_copy(update={"file": "tokenizer.json"}) for t in pipeline.spec.tokenizers)
         manifest = Manifest(

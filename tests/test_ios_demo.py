@@ -11,7 +11,7 @@ from edgesd import bundle
 from edgesd.runtime.settings import Settings
 
 IOS = Path(__file__).parents[1] / "ios_demo"
-RECORDED = IOS / "EdgeSD" / "Tests" / "EdgeSDTests" / "recorded.edgesd"
+RECORDED = IOS / "EdgeSD" / "Tests" / "EdgeSDTests" / "recorded"
 
 
 def test_the_app_ships_the_policies_of_python():

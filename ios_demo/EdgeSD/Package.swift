@@ -7,6 +7,6 @@ let package = Package(
     products: [.library(name: "EdgeSD", targets: ["EdgeSD"])],
     targets: [
         .target(name: "EdgeSD", resources: [.copy("policies")]),
-        .testTarget(name: "EdgeSDTests", dependencies: ["EdgeSD"], exclude: ["recorded.edgesd"]),
+        .testTarget(name: "EdgeSDTests", dependencies: ["EdgeSD"], exclude: ["recorded"]),
     ]
 )

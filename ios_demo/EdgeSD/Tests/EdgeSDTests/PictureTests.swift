@@ -5,7 +5,7 @@ import XCTest
 
 /// A bundle of recorded calls (ios_demo/make_recording.py): one run of the embedded model, drawn by Python.
 enum Recorded {
-    static let folder = URL(fileURLWithPath: #filePath).deletingLastPathComponent().appendingPathComponent("recorded.edgesd")
+    static let folder = URL(fileURLWithPath: #filePath).deletingLastPathComponent().appendingPathComponent("recorded")
 
     /// Gives each component's recorded outputs in turn, and fails where what it is asked is not what Python asked.
     final class Player {
