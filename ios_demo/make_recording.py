@@ -59,7 +59,9 @@ def main() -> None:
         (folder / "tokenizer.json").write_bytes(TOKENIZER.read_bytes())
         (folder / "balanced.json").write_bytes((POLICIES / "balanced.json").read_bytes())
         save_tables(folder / "samplers.safetensors", [pipeline.table(SETTINGS.sampler, steps) for steps in (5, 8)])
-        save_file({"image": np.ascontiguousarray(picture.image), "latents": picture.latents}, folder / "picture.safetensors")
+        save_file(
+            {"image": np.ascontiguousarray(picture.image), "latents": picture.latents}, folder / "picture.safetensors"
+        )
         (folder / "settings.json").write_text(json.dumps(asdict(picture.settings)) + "\n")
         tokenizers = tuple(t.model_copy(update={"file": "tokenizer.json"}) for t in pipeline.spec.tokenizers)
         manifest = Manifest(
