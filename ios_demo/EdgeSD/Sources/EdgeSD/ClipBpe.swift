@@ -10,7 +10,10 @@ struct ClipBpe: Sendable {
 
     private let vocab: [Exact: Int]
     private let ranks: [Exact: Int]
+    /// Found in the text as it came, the longest first.
     private let special: [(text: [Unicode.Scalar], id: Int)]
+    /// Added words (textual inversion), found in the normalized text, the longest first; alone: only as a whole word.
+    private var added: [(text: [Unicode.Scalar], id: Int, alone: Bool)] = []
     private let unknown: Int?
     private let suffix: String
     let vocabSize: Int
@@ -44,19 +47,23 @@ struct ClipBpe: Sendable {
             try need(pair.count == 2 && ids[Exact(pair[0] + pair[1])] != nil, "a merge of unknown tokens")
             ranks[Exact("\(pair[0]) \(pair[1])")] = rank
         }
-        var special: [(text: [Unicode.Scalar], id: Int)] = []
+        var special: [(text: [Unicode.Scalar], id: Int)] = [], added: [(text: String, id: Int, alone: Bool)] = []
         for token in json["added_tokens"]?.list ?? [] {
             guard let content = token["content"]?.text, !content.isEmpty, let id = token["id"]?.whole else {
                 throw Unknown(reason: "an added token without text or id")
             }
-            let plain = ["single_word", "lstrip", "rstrip", "normalized"].allSatisfy { token[$0]?.flag != true }
-            try need(plain, "an added token with rules of its own")
-            special.append((Array(content.unicodeScalars), id))
+            let (inWords, alone) = (token["normalized"]?.flag == true, token["single_word"]?.flag == true)
+            let strips = token["lstrip"]?.flag == true || token["rstrip"]?.flag == true
+            try need(!strips && (inWords || !alone), "an added token with rules of its own")
+            if inWords { added.append((content, id, alone)) } else { special.append((Array(content.unicodeScalars), id)) }
             ids[Exact(content)] = id
         }
         (self.vocab, self.ranks) = (ids, ranks)
         self.special = special.sorted { $0.text.count > $1.text.count }
         vocabSize = ids.count
+        self.added = added.map { word in
+            (normalized(Array(word.text.unicodeScalars)[...]).map(\.scalar), word.id, word.alone)
+        }.sorted { $0.text.count > $1.text.count }
     }
 
     func encode(_ prompt: String) -> [Token] {
@@ -77,22 +84,48 @@ struct ClipBpe: Sendable {
 
     /// Text without special tokens. The slice's indices are those of the prompt.
     private func encodePlain(_ scalars: ArraySlice<Unicode.Scalar>) -> [Token] {
-        normalized(scalars).reduce(into: []) { $0 += merged($1) }
+        let lower = normalized(scalars)
+        var tokens: [Token] = [], at = 0, plain = 0
+        func bpe(_ range: Range<Int>) { for word in words(Array(lower[range])) { tokens += merged(word) } }
+        while at < lower.count {
+            guard let found = added.first(where: { lower[at...].lazy.map(\.scalar).starts(with: $0.text) }) else {
+                at += 1
+                continue
+            }
+            let end = at + found.text.count
+            let inWord = (at > 0 && isWord(lower[at - 1].scalar)) || (end < lower.count && isWord(lower[end].scalar))
+            if !found.alone || !inWord {
+                bpe(plain..<at)
+                tokens.append((found.id, lower[at].start))
+                plain = end
+            }
+            at = end
+        }
+        bpe(plain..<lower.count)
+        return tokens
+    }
+
+    /// What regular expressions call \w.
+    private func isWord(_ scalar: Unicode.Scalar) -> Bool {
+        switch scalar.properties.generalCategory {
+        case .decimalNumber, .nonspacingMark, .spacingMark, .enclosingMark, .connectorPunctuation: return true
+        default: return scalar.properties.isAlphabetic || scalar.properties.isJoinControl
+        }
     }
 
     typealias Placed = (scalar: Unicode.Scalar, start: Int)
 
-    /// NFC, spaces as one, lower case, then words; each code point with the place it came from.
-    private func normalized(_ scalars: ArraySlice<Unicode.Scalar>) -> [[Placed]] {
+    /// NFC, spaces as one, lower case; each code point with the place it came from.
+    private func normalized(_ scalars: ArraySlice<Unicode.Scalar>) -> [Placed] {
         var lower: [Placed] = []
         for (scalar, start) in composed(scalars) {
             if scalar.properties.isWhitespace {
-                lower.append((" ", start))
+                if lower.last?.scalar != " " { lower.append((" ", start)) }
             } else {
                 lower += scalar.properties.lowercaseMapping.unicodeScalars.map { ($0, start) }
             }
         }
-        return words(lower)
+        return lower
     }
 
     /// NFC by runs that compose among themselves: what begins with a starter that no character before it combines with.

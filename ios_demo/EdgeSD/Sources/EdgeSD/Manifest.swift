@@ -53,6 +53,10 @@ public struct Variant: Sendable {
     public let params, macs: Int
     public let status, runtime, computeUnits: String
     public let snrDb, seconds: Double?
+    /// What snrDb must reach, where the artefact's own simulation says so.
+    public let gateDb: Double?
+    /// The file of the quantization plan.
+    public let plan: String?
 }
 
 public struct Component: Sendable {

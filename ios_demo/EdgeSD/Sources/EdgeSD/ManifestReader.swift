@@ -80,7 +80,8 @@ extension Manifest {
                 throw refuse("the files have more than \(Manifest.maxBundleBytes) bytes together")
             }
         }
-        var named = components.flatMap { $0.variants.flatMap(\.files) } + model.tokenizers.map(\.file)
+        var named = components.flatMap { $0.variants.flatMap { $0.files + [$0.plan].compactMap { $0 } } }
+        named += model.tokenizers.map(\.file)
         named += samplers.map(\.file) + policies.map(\.file) + [golden, prompts].compactMap { $0 }
         if let missing = named.filter({ !known.contains($0) }).min() {
             throw refuse("\(missing) is used but not listed in files")
@@ -144,6 +145,8 @@ extension Variant {
         computeUnits = try at.optional("compute_units")?.text(64) ?? ""
         snrDb = try at.nullable("snr_db")?.number()
         seconds = try at.nullable("seconds")?.number()
+        gateDb = try at.nullable("gate_db")?.number()
+        plan = try at.nullable("plan")?.path()
     }
 }
 

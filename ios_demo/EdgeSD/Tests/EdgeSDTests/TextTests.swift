@@ -12,7 +12,16 @@ final class TextTests: XCTestCase {
     }
 
     func testTokensOfTwoHundredPrompts() throws {
-        let golden = try Golden.read("tokens"), made = try tokenizers(golden)
+        XCTAssertEqual(try compareTokens(Golden.read("tokens")), 200)
+    }
+
+    func testAddedWords() throws {
+        XCTAssertGreaterThan(try compareTokens(Golden.read("words")), 20)
+    }
+
+    /// Holds every case of a file against this tokenizer; how many prompts there were.
+    private func compareTokens(_ golden: Json) throws -> Int {
+        let made = try tokenizers(golden)
         var prompts: Set<Exact> = []
         for entry in golden.list("cases") {
             let tokenizer = made[entry.whole("spec")], prompt = entry.text("prompt")
@@ -28,7 +37,7 @@ final class TextTests: XCTestCase {
             XCTAssertEqual(tokens.ids.count, entry.list("ids").count, label)
             XCTAssertEqual(Exact(tokens.truncated), Exact(entry["truncated"]?.text ?? ""), "\(label) \(tokens.truncated)")
         }
-        XCTAssertEqual(prompts.count, 200)
+        return prompts.count
     }
 
     func testPromptsBeyondTheLimitsAreRefused() throws {
