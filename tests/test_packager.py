@@ -127,7 +127,7 @@ def test_what_falls_short_is_not_shipped(made, tmp_path, monkeypatch):
     monkeypatch.setattr(packager, "in_child", _no_child)
     impossible = {k: g.model_copy(update={"snr_db": 199.0}) for k, g in golden.GATES.items()}
     monkeypatch.setattr("edgesd.golden.GATES", impossible)
-    monkeypatch.setattr("edgesd.validate.GATES", impossible)
+    monkeypatch.setattr("edgesd.parity.GATES", impossible)
     with pytest.raises(GateError, match="Nothing was shipped"):
         packager.package_all(FIELDS, [target], tmp_path)
     assert not list(tmp_path.iterdir())
