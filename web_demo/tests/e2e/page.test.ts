@@ -263,9 +263,11 @@ describe.skipIf(WHY_NOT !== "" || !precisions().includes("int8"))("int8", () => 
     await page.goto(site.url);
     await until(page, /^Ready/);
     await page.click("summary");
-    await page.selectOption("#precision", "int8");
-    await until(page, /^Opening/, 5000).catch(() => "");
-    await until(page, /^Ready/);
+    if (await page.isVisible("#precision")) { // a bundle of int8 alone leaves nothing to choose
+      await page.selectOption("#precision", "int8");
+      await until(page, /^Opening/, 5000).catch(() => "");
+      await until(page, /^Ready/);
+    }
     expect(await page.textContent("#facts")).toContain("int8");
     await page.click("#selftest");
     await until(page, /^Self-test passed/);
