@@ -40,6 +40,7 @@ CAPTIONS, BLOCK, TOGETHER = 2048, 64, 8
 CALLS, HELD_OUT_CALLS = 480, 64
 STOPPED = 75  # exit code: the minutes are over, the same command goes on
 CAPPED = 256  # captions that points of the curve alone are drawn for
+FAR = 512  # and those of criteria so far below the float model that more captions would change no ordering
 
 NOTHING = {"restoration": "none", "allocation": "uniform"}
 CRITERIA: dict[str, dict[str, Any]] = {
@@ -58,6 +59,13 @@ VARIANTS: dict[str, dict[str, Any]] = {
     **{f"{name} {r:.0%}": {"ratio": r, **CRITERIA[name]} for r in (0.125, 0.5) for name in LINES},
 }
 MAIN = [name for name, how in VARIANTS.items() if how.get("ratio") not in (0.125, 0.5)]
+
+
+def limit(name: str) -> int:
+    """Captions that a variant is drawn for at most."""
+    if name not in MAIN:
+        return CAPPED
+    return FAR if VARIANTS[name].get("restoration") in ("none", "bias") else CAPTIONS
 
 
 class Fast(Watched):
@@ -201,7 +209,7 @@ def draw(work: Path, names: list[str], captions: int, threads: int, minutes: flo
         texts = held_out_captions((block + 1) * BLOCK)[block * BLOCK :]
         for name in names:
             file = block_file(work, name, block)
-            if file.is_file() or (name not in MAIN and block * BLOCK >= CAPPED):
+            if file.is_file() or block * BLOCK >= limit(name):
                 continue
             if time.monotonic() > until:
                 sys.exit(STOPPED)
