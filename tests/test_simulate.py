@@ -85,8 +85,9 @@ def test_no_picture_is_counted_that_the_battery_or_the_time_did_not_finish():
 
 
 @pytest.mark.parametrize("device", CLASSES)
-def test_on_the_hot_trace_balanced_draws_more_at_nearly_the_same_alignment(manifest, device):
-    found = outcomes(manifest, "hot", device, pictures=20, policies=("balanced",))
+@pytest.mark.parametrize("widths", [(), (0.5, 0.75)], ids=["one width", "three widths"])
+def test_on_the_hot_trace_balanced_draws_more_at_nearly_the_same_alignment(manifest, device, widths):
+    found = outcomes(manifest, "hot", device, pictures=20, policies=("balanced",), widths=widths)
     base, balanced = found["fixed 20"], found["balanced"]
     assert base.pictures == 20
     assert balanced.pictures >= 1.3 * base.pictures
