@@ -8,7 +8,6 @@ from typing import Annotated, Any
 import typer
 
 from edgesd.console import Json, pair, progress, show
-from edgesd.errors import RequestError
 from edgesd.sheet import Section, Sheet
 
 shapes_app = typer.Typer(help="The embedded model and its world.", no_args_is_help=True)
@@ -20,13 +19,10 @@ Seed = Annotated[int, typer.Option("--seed", min=0)]
 
 
 def _widths(text: str) -> tuple[float, ...]:
-    try:
-        widths = tuple(sorted({float(word) for word in text.split(",")}, reverse=True))
-    except ValueError:
-        widths = ()
-    if not widths or widths[0] != 1 or widths[-1] <= 0:
-        raise RequestError(f"widths {text!r}", "shares such as 1,0.75,0.5, the largest 1", "Change --widths")
-    return widths
+    from edgesd.compress.widths import check_widths
+    from edgesd.recipe import parse_widths
+
+    return check_widths(parse_widths(text))
 
 
 @shapes_app.command("train")

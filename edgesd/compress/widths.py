@@ -79,7 +79,7 @@ class Nested:
     modules: Mapping[float, nn.Module]
 
 
-def check_widths(widths: Sequence[float], mode: str) -> tuple[float, ...]:
+def check_widths(widths: Sequence[float], mode: str = "separate") -> tuple[float, ...]:
     """The widths, widest first. Raises RequestError: none or too many, out of range, twice, or without width 1."""
     if mode not in MODES:
         raise RequestError(f"width mode {mode!r}", ", ".join(MODES), "Change --width-mode")

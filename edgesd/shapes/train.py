@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from edgesd.compress.widths import check_widths
 from edgesd.errors import RequestError
 from edgesd.files import write_whole
 from edgesd.models.load import LoadedModel, embedded_folder, load
@@ -61,8 +62,7 @@ class Config:
     stop_after: float | None = None
 
     def __post_init__(self) -> None:
-        if not self.widths or max(self.widths) != 1 or min(self.widths) <= 0:
-            raise RequestError(f"widths {self.widths}", "shares above 0, the largest 1", "Change --widths")
+        check_widths(self.widths)
         if self.pictures < 2 * self.batch:
             raise RequestError(f"{self.pictures} pictures", f"at least {2 * self.batch}", "Raise --pictures")
 

@@ -14,14 +14,9 @@ import torch
 from torch import nn
 from torch.func import functional_call
 
-from edgesd.compress.groups import Group, cut, find_groups
+from edgesd.compress.groups import find_groups
+from edgesd.compress.widths import leading, narrowed
 from edgesd.models.plain import share
-
-
-def leading(group: Group, width: float) -> range:
-    """The units of a group that stay at a width: the leading share, in steps that kernels like, at least one step."""
-    step = group.step
-    return range(min(group.units, max(step, round(group.units * width / step) * step)))
 
 
 class Nested:
@@ -30,7 +25,8 @@ class Nested:
     def __init__(self, dense: nn.Module, widths: Sequence[float]) -> None:
         self.dense, self.widths = dense, tuple(sorted(widths, reverse=True))
         self._groups = find_groups(dense)
-        self._forms = {width: self._form(width) for width in self.widths if width < 1}
+        empty = share(dense).to("meta")  # narrow forms have no weights of their own: each call brings them
+        self._forms = {width: narrowed(empty, self._groups, width) for width in self.widths if width < 1}
 
     def call(self, width: float, *args: Any, **kwargs: Any) -> Any:
         """The module's forward at a width; the gradients reach the dense weights."""
@@ -47,17 +43,10 @@ class Nested:
             return narrow
         return (narrow[-1], narrow[int(torch.randint(0, len(narrow) - 1, (), generator=rng))])
 
-    def _form(self, width: float) -> nn.Module:
-        """The narrow module's structure, without weights of its own."""
-        form = share(self.dense, None).to("meta")
-        for group in self._groups:
-            cut(form, group, leading(group, width))
-        return form
-
     def _weights(self, width: float) -> dict[str, torch.Tensor]:
         weights: dict[str, torch.Tensor] = dict(self.dense.named_parameters())
         for group in self._groups:
-            kept, whole = len(leading(group, width)) * group.unit_size, group.units * group.unit_size
+            kept, whole = leading(group, width) * group.unit_size, group.units * group.unit_size
             for piece in group.slices:
                 name = f"{piece.module}.{piece.parameter}"
                 blocks = [weights[name].narrow(piece.axis, b * whole, kept) for b in range(piece.blocks)]
