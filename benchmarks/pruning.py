@@ -40,7 +40,7 @@ CAPTIONS, BLOCK, TOGETHER = 2048, 64, 8
 CALLS, HELD_OUT_CALLS = 480, 64
 STOPPED = 75  # exit code: the minutes are over, the same command goes on
 CAPPED = 256  # captions that points of the curve alone are drawn for
-FAR = 512  # and those of criteria so far below the float model that more captions would change no ordering
+FAR = 256  # and those of criteria so far below the float model that more captions would change no ordering
 
 NOTHING = {"restoration": "none", "allocation": "uniform"}
 CRITERIA: dict[str, dict[str, Any]] = {

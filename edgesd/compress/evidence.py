@@ -16,7 +16,7 @@ from edgesd.compress.groups import Group
 from edgesd.compress.moments import Moments, View, count_rows, require_finite, rows, view
 
 PROBES = 48  # calls that gradients are taken on, fewer where calls are big
-BIG_PROBES = 16
+BIG_PROBES = 8
 MAP_QUERIES = 64  # attention rows compared when heads are
 
 
@@ -57,7 +57,7 @@ def collect(
     Groups that the component's output does not depend on are left out (a text encoder's last layer, where the UNet
     attends to the one before). Raises DataError, naming the layer, for activations that are not finite.
     """
-    gain, taylor = _gradients(module, groups, _some(batches))
+    gain, taylor = _gradients(module, groups, _some(batches), importance == "taylor")
     groups = [g for g in groups if g.name in gain]
     heads = [g for g in groups if g.heads] if importance == "merge" else []
     moments, strides, maps = _moments(module, groups, batches, heads)
@@ -68,7 +68,7 @@ def collect(
         consumer: Any = module.get_submodule(group.consumer)
         found[name] = Evidence(
             group, _pieces(module, group), consumer.weight, gain[name], sums, sums.weight * strides[name] / calls,
-            taylor[name], maps.get(name, torch.zeros(0)),
+            taylor.get(name, torch.zeros(0)), maps.get(name, torch.zeros(0)),
         )  # fmt: skip
     return found
 
@@ -152,9 +152,10 @@ def _likeness(query: torch.Tensor, key: torch.Tensor, group: Group) -> torch.Ten
 
 
 def _gradients(
-    module: nn.Module, groups: Sequence[Group], batches: Sequence[Batch]
+    module: nn.Module, groups: Sequence[Group], batches: Sequence[Batch], taylor_too: bool
 ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     """By group: mean squared gain [out] from an error at the consumer's output to the model's; Taylor scores [units].
+    The scores take a backward pass more, so they are there where asked for alone.
 
     The gain is Hutchinson's: with v normal, E (J^T v)^2 is the squared column norm of the Jacobian J. Taylor is
     |x dL/dx| summed within a call (Molchanov et al. 2019, gates), L the denoising loss against the call's target.
@@ -175,8 +176,8 @@ def _gradients(
             seen.clear()
             output = batch.forward(module)
             probe = torch.randn(output.shape, generator=generator)
-            gains = _grad((output * probe).sum(), [seen[g.name][1] for g in groups], keep=True)
-            losses = _grad(batch.loss(output), [seen[g.name][0] for g in groups])
+            gains = _grad((output * probe).sum(), [seen[g.name][1] for g in groups], keep=taylor_too)
+            losses = _grad(batch.loss(output), [seen[g.name][0] for g in groups]) if taylor_too else gains
             weight = batch.weight.repeat(2) if batch.pairs else batch.weight
             for group, g, loss in zip(groups, gains, losses, strict=True):
                 if g is None or loss is None:
@@ -185,10 +186,10 @@ def _gradients(
                 squared = rows(layer, g * weight.sqrt().view(-1, *[1] * (g.ndim - 1))).square()
                 gain[group.name] = gain.get(group.name, 0) + squared.sum(0)
                 counts[group.name] = counts.get(group.name, 0) + float(weight.sum()) * len(squared) / len(g)
-                gates = rows(layer, (x * loss).detach()).unflatten(0, (len(x), -1)).sum(1)
-                taylor[group.name] = taylor.get(group.name, 0) + gates.unflatten(1, (group.units, -1)).sum(2).abs().sum(
-                    0
-                )
+                if taylor_too:
+                    gates = rows(layer, (x * loss).detach()).unflatten(0, (len(x), -1)).sum(1)
+                    scores = gates.unflatten(1, (group.units, -1)).sum(2).abs().sum(0)
+                    taylor[group.name] = taylor.get(group.name, 0) + scores
     return {name: total / counts[name] for name, total in gain.items()}, taylor
 
 
