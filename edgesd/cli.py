@@ -153,7 +153,11 @@ def package(
     ] = None,
     target: Annotated[list[str], typer.Option("--target", help="onnx-web, openvino, tflite, coreml or all.")] = ...,  # type: ignore[assignment]
     profile: Annotated[
-        str | None, typer.Option("--profile", help="quality, balanced (int8) or small; single flags win.")
+        str | None,
+        typer.Option(
+            "--profile",
+            help="quality, balanced (int8) or small (int8, a quarter of the UNet pruned); single flags win.",
+        ),
     ] = None,
     precision: Annotated[
         str | None, typer.Option("--precision", help="int8, hybrid, w8, fp16 or fp32; each target's own if left out.")

@@ -19,7 +19,7 @@ MAX_SIDE_PX = 4096
 PROFILES: dict[str, dict[str, Any]] = {
     "quality": {},
     "balanced": {"precision": "int8"},
-    "small": {"precision": "int8"},
+    "small": {"precision": "int8", "prune": 0.25},
 }
 
 
