@@ -1,24 +1,30 @@
-"""Alignment of a bundle at each decision its policies can make: steps, width, guidance; caption by caption, resumable.
+"""Alignment of a bundle at what its policies can come to: steps, width, guidance, a switch of width; resumable.
 
-    python benchmarks/alignment.py shapes-openvino.edgesd --out alignment.jsonl --captions 128
-    python benchmarks/alignment.py --summary alignment.jsonl --write calibration/alignment.json
+    python benchmarks/alignment.py shapes-openvino.edgesd --out shared.jsonl --captions 0:128
+    python benchmarks/alignment.py shapes-openvino.edgesd --out shared.jsonl --rows 15:1 "15:1>0.75@0.5"
+    python benchmarks/alignment.py --summary shared.jsonl separate.jsonl --write calibration/alignment.json
 
-Every decision draws the same held-out captions with the same noise, so decisions are compared pairwise. One line a
-picture goes to the file; a line that is there is not drawn again. The summary takes the captions that are done.
+A row is STEPS:WIDTH, then >WIDTH@SHARE for a switch after that share of the run, /UNTIL for guidance that ends early;
+without --rows it is every decision of the shipped policies and the fixed settings that the bundle has widths for. How
+the bundle stores its widths (mode) comes from its manifest. Every row draws the same held-out captions with the same
+noise, so rows are compared pairwise. One line a picture goes to the file, and a line that is there is not drawn again:
+stop at any time, and take the captions in blocks (0:32, 32:64). The summary joins files and takes what is done.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from edgesd import sources
+from edgesd.errors import RequestError
 from edgesd.evaluate import bootstrap_interval
 from edgesd.runtime.cache import PromptCache
 from edgesd.runtime.generate import Picture, sample
@@ -29,91 +35,147 @@ from edgesd.shapes.oracle import judge
 from edgesd.shapes.world import held_out_captions
 from edgesd.simulate import FIXED
 
-Decision = tuple[int, float, float]  # steps, width, guidance_until
 PARTS = ("all", "background", "color", "shape", "relation")
 SAMPLER, GUIDANCE = "dpmpp_2m_karras", 4.0
+_ROW = re.compile(r"(\d+):([\d.]+)(?:>([\d.]+)@([\d.]+))?(?:/([\d.]+))?")
 
 
-def decisions() -> list[Decision]:
+class Row(NamedTuple):
+    """What is measured. mode: how a width below 1 is stored, "" where none is used. switch: as `Settings.switch`."""
+
+    steps: int
+    width: float = 1.0
+    guidance_until: float = 1.0
+    switch: tuple[float, float] | None = None
+    mode: str = ""
+
+    def widths(self) -> set[float]:
+        return {self.width, *(() if self.switch is None else self.switch[1:])}
+
+    def told(self) -> dict[str, Any]:
+        """As calibration/alignment.json and the lines hold it: what is as usual is left out."""
+        short = {"switch": None if self.switch is None else list(self.switch), "mode": self.mode}
+        named = {"steps": self.steps, "width": self.width, "guidance_until": self.guidance_until}
+        return named | {key: value for key, value in short.items() if value}
+
+
+def row_of(told: dict[str, Any]) -> Row:
+    """Back from `Row.told`; a line of an earlier file has a list of three, of shared widths."""
+    if "decision" in told:
+        steps, width, until = told["decision"]
+        return Row(steps, width, until, None, "shared" if width < 1 else "")
+    switch = tuple(told["switch"]) if "switch" in told else None
+    return Row(told["steps"], told["width"], told["guidance_until"], switch, told.get("mode", ""))
+
+
+def parse_row(text: str) -> Row:
+    matched = _ROW.fullmatch(text)
+    if matched is None:
+        raise RequestError(f"row {text[:40]!r}", "STEPS:WIDTH, STEPS:WIDTH>WIDTH@SHARE", "Change --rows")
+    steps, width, second, share, until = matched.groups()
+    switch = None if second is None else (float(share), float(second))
+    return Row(int(steps), float(width), 1.0 if until is None else float(until), switch)
+
+
+def parse_block(text: str) -> range:
+    """ "128" -> the first 128 captions; "32:64" -> those from the 32nd on."""
+    first, _, end = text.rpartition(":")
+    return range(int(first) if first else 0, int(end))
+
+
+def decisions() -> list[Row]:
     """Every (steps, width, guidance_until) of the shipped policies and the fixed settings."""
-    rows = [row.then for name in policy_names() for row in load_policy(name).rows]
-    found = {(then.steps, then.width, then.guidance_until) for then in rows}
-    return sorted(found | {(steps, width, 1.0) for steps, width in FIXED.values()}, reverse=True)
+    then = [row.then for name in policy_names() for row in load_policy(name).rows]
+    return [*(Row(t.steps, t.width, t.guidance_until) for t in then), *(Row(*fixed) for fixed in FIXED.values())]
 
 
-def measure(pipeline: Pipeline, wanted: list[Decision], captions: int, out: Path) -> None:
+def fitting(rows: Sequence[Row], pipeline: Pipeline) -> list[Row]:
+    """The rows that the bundle has widths for, each once, the dearest first, with its way of storing widths."""
+    has, mode = set(pipeline.session.widths("unet")), "" if pipeline.widths is None else pipeline.widths.mode
+    able = {row._replace(mode=mode if row.widths() != {1.0} else "") for row in rows if row.widths() <= has}
+    return sorted(able, key=lambda row: (-row.steps, -row.width, -row.guidance_until, str(row.switch)))
+
+
+def measure(pipeline: Pipeline, wanted: Sequence[Row], captions: range, out: Path) -> None:
     """Appends a line for each picture that `out` lacks, caption by caption."""
-    done = {(tuple(line["decision"]), line["caption"]) for line in lines(out)}
+    done = {(row_of(line), line["caption"]) for line in lines([out])}
     cache = PromptCache()
-    for index, caption in enumerate(held_out_captions(captions, 0)):
-        for decision in wanted:
-            if (decision, index) not in done:
-                steps, width, until = decision
-                settings = resolve(
-                    pipeline.spec, caption, seed=index, sampler=SAMPLER, guidance_scale=GUIDANCE,
-                    num_inference_steps=steps, width=width, guidance_until=until,
-                )  # fmt: skip
-                picture = next(e for e in sample(pipeline, settings, cache=cache) if isinstance(e, Picture))
-                verdict = asdict(judge(picture.image, caption))
-                line = {
-                    "decision": decision,
-                    "caption": index,
-                    **{part: bool(verdict[part]) for part in PARTS if part in verdict},
-                }
-                line["all"] = all(line[part] for part in PARTS[1:])
-                with out.open("a", encoding="utf-8") as file:
-                    file.write(json.dumps(line) + "\n")
+    for index, caption in enumerate(held_out_captions(captions.stop, 0)):
+        for row in wanted if index in captions else ():
+            if (row, index) in done:
+                continue
+            settings = resolve(
+                pipeline.spec, caption, seed=index, sampler=SAMPLER, guidance_scale=GUIDANCE,
+                num_inference_steps=row.steps, width=row.width, guidance_until=row.guidance_until, switch=row.switch,
+            )  # fmt: skip
+            picture = next(e for e in sample(pipeline, settings, cache=cache) if isinstance(e, Picture))
+            verdict = asdict(judge(picture.image, caption))
+            line = row.told() | {"caption": index, **{p: bool(verdict[p]) for p in PARTS if p in verdict}}
+            line["all"] = all(line[part] for part in PARTS[1:])
+            with out.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
 
 
-def lines(out: Path) -> Iterator[dict[str, Any]]:
-    for text in out.read_text(encoding="utf-8").splitlines() if out.exists() else ():
-        yield json.loads(text)
+def lines(files: Sequence[Path]) -> Iterator[dict[str, Any]]:
+    for file in files:
+        for text in file.read_text(encoding="utf-8").splitlines() if file.exists() else ():
+            yield json.loads(text)
 
 
-def summary(out: Path) -> list[dict[str, Any]]:
-    """Per decision: shares, their interval, and the difference from 20 steps at width 1 over the captions of both."""
-    by: dict[Decision, dict[int, dict[str, Any]]] = {}
-    for line in lines(out):
-        by.setdefault(tuple(line["decision"]), {})[line["caption"]] = line  # type: ignore[arg-type]
-    base = by.get((20, 1.0, 1.0), {})
+def summary(files: Sequence[Path]) -> list[dict[str, Any]]:
+    """Per row: shares, their interval, and the difference from 20 steps at width 1 over the captions of both."""
+    by: dict[Row, dict[int, dict[str, Any]]] = {}
+    for line in lines(files):
+        by.setdefault(row_of(line), {})[line["caption"]] = line
+    base = by.get(Row(20), {})
     told = []
-    for (steps, width, until), found in sorted(by.items(), reverse=True):
+    for row, found in sorted(by.items(), key=lambda item: (-item[0].steps, -item[0].width, str(item[0]))):
         right = np.array([found[i]["all"] for i in sorted(found)], float)
         both = sorted(set(found) & set(base))
         paired = np.array([float(found[i]["all"]) - float(base[i]["all"]) for i in both])
-        low, high = bootstrap_interval(right)
-        told.append({
-            "steps": steps, "width": width, "guidance_until": until, "captions": len(found),
+        told.append(row.told() | {
+            "captions": len(found),
             **{part: round(float(np.mean([found[i][part] for i in found])), 4) for part in PARTS},
-            "interval": [round(low, 4), round(high, 4)],
+            "interval": [round(x, 4) for x in bootstrap_interval(right)],
             "difference": round(float(paired.mean()), 4) if len(both) else None,
             "difference_interval": [round(x, 4) for x in bootstrap_interval(paired)] if len(both) else None,
         })  # fmt: skip
     return told
 
 
+def merge(told: Sequence[dict[str, Any]], into: Path) -> None:
+    """Puts a summary's rows into alignment.json, in place of what it holds of the same rows, unless that saw more."""
+    data = json.loads(into.read_text(encoding="utf-8"))
+    held = {row_of(entry): entry for entry in data["measured"]}
+    fresh = {row_of(entry): entry for entry in told}
+    kept = {row for row in fresh if held.get(row, {}).get("captions", 0) > fresh[row]["captions"]}
+    data["measured"] = [e for row, e in fresh.items() if row not in kept] + [
+        e for row, e in held.items() if row in kept or row not in fresh
+    ]
+    head = ",\n ".join(f"{json.dumps(k)}: {json.dumps(v)}" for k, v in data.items() if k != "measured")
+    rows = ",\n  ".join(json.dumps(entry) for entry in data["measured"])
+    into.write_text(f'{{\n {head},\n "measured": [\n  {rows}\n ]\n}}\n', encoding="utf-8")
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("bundle", nargs="?")
     parser.add_argument("--out", type=Path)
-    parser.add_argument("--captions", type=int, default=128)
-    parser.add_argument("--summary", type=Path)
+    parser.add_argument("--captions", type=parse_block, default=range(128), help="how many, or FIRST:END")
+    parser.add_argument("--rows", nargs="*", type=parse_row)
+    parser.add_argument("--summary", type=Path, nargs="*")
     parser.add_argument("--write", type=Path, help="alignment.json to put the summary's figures into")
     given = parser.parse_args()
     if given.summary is None:
-        measure(sources.open_pipeline(given.bundle), decisions(), given.captions, given.out)
+        pipeline = sources.open_pipeline(given.bundle)
+        wanted = fitting(decisions() if given.rows is None else given.rows, pipeline)
+        measure(pipeline, wanted, given.captions, given.out)
         return
     told = summary(given.summary)
     for entry in told:
         print(json.dumps(entry))
     if given.write is not None:
-        data = json.loads(given.write.read_text(encoding="utf-8"))
-        new = {(e["steps"], e["width"], e["guidance_until"]) for e in told}
-        kept = [e for e in data["measured"] if (e["steps"], e["width"], e["guidance_until"]) not in new]
-        data["measured"] = told + kept
-        head = ",\n ".join(f"{json.dumps(k)}: {json.dumps(v)}" for k, v in data.items() if k != "measured")
-        rows = ",\n  ".join(json.dumps(entry) for entry in data["measured"])
-        given.write.write_text(f'{{\n {head},\n "measured": [\n  {rows}\n ]\n}}\n', encoding="utf-8")
+        merge(told, given.write)
 
 
 if __name__ == "__main__":

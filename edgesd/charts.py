@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +12,7 @@ from edgesd.runtime.device import THERMAL, DeviceState
 from edgesd.runtime.policy import Policy, cost, point
 
 if TYPE_CHECKING:
+    from edgesd.playing import Drawn
     from edgesd.simulate import Outcomes
 
 CHARGES = tuple((i + 0.5) / 200 for i in range(200))
@@ -44,20 +45,20 @@ def draw_policy(policy: Policy, path: Path) -> None:
 def draw_simulation(results: Mapping[str, Sequence[Outcomes]], trace: str, path: Path) -> None:
     """Temperature, battery, seconds per picture, steps and width over time, as a PNG; one column a device class."""
     plt = _pyplot(path)
-    parts = {
-        "skin, °C": "skin_c", "battery, %": "battery", "s per picture": "seconds", "steps run": "steps",
-        "width": "width",
+    parts: dict[str, Callable[[Drawn], float]] = {
+        "skin, °C": lambda d: d.skin_c, "battery, %": lambda d: 100 * d.battery, "s per picture": lambda d: d.seconds,
+        "steps run": lambda d: d.ran.steps, "width, mean": lambda d: d.ran.mean_width,
     }  # fmt: skip
     figure, panels = plt.subplots(
         len(parts), len(results), figsize=(4.6 * len(results), 9), sharex="col", squeeze=False, layout="constrained"
     )
     for column, (device, outcomes) in enumerate(results.items()):
-        for line, (title, name) in enumerate(parts.items()):
+        for line, (title, value) in enumerate(parts.items()):
             axes = panels[line][column]
             for o in outcomes:
-                values = [getattr(d, name) * (100 if name == "battery" else 1) for d in o.drawn]
                 dashed = "--" if o.name.startswith("fixed") else "-"
-                axes.plot([d.ready_s / 60 for d in o.drawn], values, dashed, marker=".", markersize=3, label=o.name)
+                axes.plot([d.ready_s / 60 for d in o.drawn], [value(d) for d in o.drawn], dashed, marker=".",
+                          markersize=3, label=o.name)  # fmt: skip
             axes.set_ylabel(title if column == 0 else "")
         panels[0][column].set_title(device)
         panels[-1][column].set_xlabel("minutes")

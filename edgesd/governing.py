@@ -14,6 +14,7 @@ from edgesd.runtime.governed import PolicyRun
 from edgesd.runtime.pipeline import Pipeline
 from edgesd.runtime.policy import FOLDER, Decision, Limits, When, cost, load_policy, policy_names
 from edgesd.runtime.settings import Settings
+from edgesd.runtime.widths import Widths
 from edgesd.sheet import Section, Sheet
 
 
@@ -60,14 +61,19 @@ def governed(settings: Settings, decision: Decision, run: PolicyRun, pipeline: P
     chosen = replace(
         settings, num_inference_steps=decision.steps, guidance_until=decision.guidance_until, width=decision.width
     )
-    if pipeline.widths is None or decision.width == 1:
-        return chosen
+    switch = None if pipeline.widths is None else switched(decision, run, pipeline.widths)
+    return chosen if switch is None else replace(chosen, width=switch[0], switch=switch[1:])
+
+
+def switched(decision: Decision, run: PolicyRun, widths: Widths) -> tuple[float, float, float] | None:
+    """(first width, share of the run, second width) where a switch was measured to win; the run is told of it."""
+    if decision.width == 1:
+        return None
     calls = decision.steps * (1 + decision.guidance_until)
-    switch = pipeline.widths.switch(decision.width, run.limits, calls, run.state.free_memory_bytes)
-    if switch is None:
-        return chosen
-    run.plan_switch()
-    return replace(chosen, width=switch[0], switch=switch[1:])
+    switch = widths.switch(decision.width, run.limits, calls, run.state.free_memory_bytes)
+    if switch is not None:
+        run.plan_switch()
+    return switch
 
 
 def describe(run: PolicyRun, decision: Decision) -> tuple[str, ...]:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -12,77 +10,17 @@ from typing import Any
 
 from edgesd.errors import RequestError
 from edgesd.manifest import Manifest
-from edgesd.runtime.governed import PolicyRun
-from edgesd.runtime.policy import Limits, Outcome, Policy, Row, load_policy, policy_names, width_cost
+from edgesd.playing import Drawn, Ran, play, work_of
+from edgesd.runtime.policy import Limits, Outcome, Policy, Row, load_policy, policy_names
 from edgesd.sheet import Section, Sheet
-from edgesd.thermal import CLASSES, SESSION_S, DeviceClass, Trace, World, load_trace
+from edgesd.thermal import CLASSES, DeviceClass, Trace, World, load_trace
 
 FEW = 10  # pictures over which the rise of temperature is told
 MAX_PICTURES = 1000
 FIXED = {"fixed 20": (20, 1.0), "fixed 15": (15, 1.0), "fixed 10": (10, 1.0), "fixed 20 w0.75": (20, 0.75)}
 BASELINE = "fixed 20"
 KEPT_ALIGNMENT = 0.97
-
-
-@dataclass(frozen=True)
-class Drawn:
-    """One picture of a session: when it was ready, what it took, and the device right after it."""
-
-    ready_s: float
-    seconds: float
-    steps: int
-    width: float
-    guidance_until: float
-    changes: int
-    skin_c: float
-    battery: float
-    energy_j: float
-
-
-@dataclass(frozen=True)
-class Work:
-    """What a picture costs: MACs of a UNet call at width 1, of the decoder; share of a call by width."""
-
-    call: float
-    decoder: float
-    share: Callable[[float], float] = width_cost
-
-
-def play(
-    policy: Policy, limits: Limits, device: DeviceClass, trace: Trace, work: Work, *,
-    pictures: int, seconds: float = SESSION_S,
-) -> tuple[list[Drawn], World]:  # fmt: skip
-    """Pictures one after another, at most `pictures` and none that is not ready within `seconds` or the battery."""
-    world = World(device, trace)
-    drawn: list[Drawn] = []
-    run = PolicyRun(policy, world.sense, limits, clock=lambda: world.time_s, sleep=world.rest)
-    while len(drawn) < pictures and world.time_s < seconds and world.stored_j > 0:
-        began, energy = world.time_s, world.energy_j
-        picture = _picture(run, world, work)
-        if world.time_s > seconds or world.stored_j <= 0:
-            break
-        steps, width, until, changes = picture
-        drawn.append(Drawn(world.time_s, world.time_s - began, steps, width, until, changes, world.skin_c,
-                           world.battery, world.energy_j - energy))  # fmt: skip
-    return drawn, world
-
-
-def _picture(run: PolicyRun, world: World, work: Work) -> tuple[int, float, float, int]:
-    """Draws one; returns (steps run, width and guidance_until it ended with, how often it was changed)."""
-    given = run.begin()
-    steps, width, until = given.steps, given.width, given.guidance_until
-    done, rows, calls, changes, left = 0.0, 0, 0, 0, given.steps
-    while left > 0:
-        for change in run.ask(rows, calls):
-            changes += 1
-            if change.steps < steps:  # the bridge: the coarser table's share of what is left
-                left = max(1, math.ceil(left * change.steps / steps))
-            steps, width, until = change.steps, change.width, change.guidance_until
-        count = 2 if done < until else 1
-        world.compute(count * work.call * work.share(width))
-        done, rows, calls, left = done + (1 - done) / left, rows + 1, calls + count, left - 1
-    world.compute(work.decoder)
-    return rows, width, until, changes
+Drawable = tuple[int, float, float, tuple[float, float] | None]  # steps, width, guidance_until, Settings.switch
 
 
 @dataclass(frozen=True)
@@ -112,10 +50,22 @@ def fixed(name: str, steps: int, width: float) -> Policy:
     return Policy(name="fixed", about=name, rows=(row,))
 
 
-def measured_alignment() -> dict[tuple[int, float, float], float]:
-    """(steps, width, guidance_until) -> alignment 0..1 of the embedded model, calibration/alignment.json."""
+def measured_alignment(mode: str = "shared") -> dict[Drawable, float]:
+    """What fixed settings draw -> alignment 0..1 of the embedded model, calibration/alignment.json.
+
+    mode: how the widths below 1 are stored, which decides what is left of them.
+    """
     data = json.loads((Path(str(files("edgesd.calibration"))) / "alignment.json").read_text())
-    return {(e["steps"], e["width"], e["guidance_until"]): e["all"] for e in data["measured"]}
+    return {
+        (e["steps"], e["width"], e["guidance_until"], tuple(e["switch"]) if "switch" in e else None): e["all"]
+        for e in data["measured"] if e.get("mode", mode) == mode
+    }  # fmt: skip
+
+
+def drawable(ran: Ran) -> Drawable | None:
+    """The settings that draw what a picture came to, a switch to the tenth of the run; None where no settings do."""
+    switch = None if ran.switch is None else (round(ran.switch[0], 1), ran.switch[1])
+    return (ran.steps, ran.width, ran.guidance_until, switch) if ran.plain else None
 
 
 def offered(manifest: Manifest, widths: tuple[float, ...] = ()) -> Limits:
@@ -126,33 +76,22 @@ def offered(manifest: Manifest, widths: tuple[float, ...] = ()) -> Limits:
     return Limits(steps=tuple(sorted(steps)), widths=widths)
 
 
-def work_of(manifest: Manifest, macs_per_call: float) -> Work:
-    """The trace's cost of a call; decoder and widths in the bundle's proportion, widths it lacks by `width_cost`."""
-    macs = {v.axes.width: v.macs for v in manifest.component("unet").variants if v.macs}
-    decoder = manifest.component("vae_decoder").variants[0].macs
-    whole = macs.get(1.0, 0)
-    if not whole:
-        return Work(macs_per_call, 0.0)
-    return Work(
-        macs_per_call, macs_per_call * decoder / whole,
-        lambda width: macs[width] / whole if width in macs else width_cost(width),
-    )  # fmt: skip
-
-
 def simulate(
     manifest: Manifest, trace: Trace, device: DeviceClass, *, pictures: int = 20, policies: tuple[str, ...] = (),
     widths: tuple[float, ...] = (),
 ) -> list[Outcomes]:  # fmt: skip
     """Every fixed setting and policy (all that ship where none is named) in the time the baseline takes for `pictures`.
 
-    widths: that the bundle is taken to have besides its own; their cost is then an estimate, their alignment unknown.
+    widths: that the bundle is taken to have besides its own; their cost is then an estimate, their alignment that
+    of shared weights.
     """
     if not 1 <= pictures <= MAX_PICTURES:
         raise RequestError(f"{pictures} pictures", f"1 to {MAX_PICTURES}", "Change --pictures")
     limits, work = offered(manifest, widths), work_of(manifest, trace.macs_per_call)
-    known = measured_alignment() if manifest.model.name == "shapes" else {}
+    mode = "shared" if work.widths is None else work.widths.mode
+    known = measured_alignment(mode) if manifest.model.name == "shapes" else {}
     runs: dict[str, tuple[Policy, Limits]] = {
-        name: (fixed(name, steps, width), Limits(steps=(steps,), widths=(width,)))
+        name: (fixed(name, steps, width), Limits((steps,), (width,), min_width=width, max_width=width))
         for name, (steps, width) in FIXED.items()
     }
     runs |= {name: (load_policy(name), limits) for name in (policies if policies else policy_names())}
@@ -166,10 +105,10 @@ def simulate(
 
 
 def _outcomes(
-    name: str, drawn: list[Drawn], world: World, known: dict[tuple[int, float, float], float], base: Outcomes | None
+    name: str, drawn: list[Drawn], world: World, known: dict[Drawable, float], base: Outcomes | None
 ) -> Outcomes:
     start = world.trace.start
-    told = [known[key] for d in drawn if (key := (d.steps, d.width, d.guidance_until)) in known]
+    told = [known[key] for d in drawn if (key := drawable(d.ran)) is not None and key in known]
     made = Outcomes(
         name=name,
         pictures=len(drawn),
@@ -205,10 +144,15 @@ def _loses(made: Outcomes, base: Outcomes, life: float) -> tuple[str, ...]:
 def to_json(outcomes: list[Outcomes]) -> list[dict[str, Any]]:
     """Plain values, rounded; pictures one by one under `drawn`."""
     return [
-        {k: round(v, 4) if isinstance(v, float) else v for k, v in asdict(o).items() if k != "drawn"}
-        | {"drawn": [{k: round(v, 3) for k, v in asdict(d).items()} for d in o.drawn]}
+        _rounded({k: v for k, v in vars(o).items() if k != "drawn"}, 4)
+        | {"drawn": [_rounded({**vars(d), **vars(d.ran)}, 3) for d in o.drawn]}
         for o in outcomes
     ]
+
+
+def _rounded(values: dict[str, Any], digits: int) -> dict[str, Any]:
+    """For JSON; a picture's `ran` is told field by field."""
+    return {k: round(v, digits) if isinstance(v, float) else v for k, v in values.items() if k != "ran"}
 
 
 def run(

@@ -1,21 +1,18 @@
-"""The simulation: its physics against closed forms, its traces, and what the policies must show in it."""
+"""The comparison of policies on simulated phones: what they must show in it, and what it says of them."""
 
 import json
-import math
-from dataclasses import replace
 
 import bundles
 import pytest
 
-from edgesd import simulate, thermal
+from edgesd import simulate
 from edgesd.errors import DataError, RequestError
 from edgesd.manifest import parse
-from edgesd.runtime.policy import Limits
-from edgesd.simulate import Work, fixed, play
-from edgesd.thermal import CLASSES, World, load_trace
+from edgesd.playing import Ran
+from edgesd.simulate import drawable, measured_alignment
+from edgesd.thermal import CLASSES, load_trace
 
 HOT = load_trace("hot")
-DEVICE = CLASSES["recent-npu"]
 
 
 @pytest.fixture(scope="module")
@@ -33,55 +30,6 @@ def manifest(tmp_path_factory):
 
 def outcomes(manifest, trace, device, **options):
     return {o.name: o for o in simulate.simulate(manifest, load_trace(trace), CLASSES[device], **options)}
-
-
-def test_a_resting_phone_cools_along_the_exponential():
-    world = World(DEVICE, HOT)
-    world.rest(300.0)
-    settled = 35.0 + DEVICE.resistance_k_per_w * DEVICE.idle_w
-    fall = math.exp(-300.0 / (DEVICE.resistance_k_per_w * DEVICE.capacity_j_per_k))
-    assert world.skin_c == pytest.approx(settled + (38.0 - settled) * fall, abs=1e-9)
-    assert world.energy_j == pytest.approx(300 * DEVICE.idle_w)
-
-
-def test_work_takes_its_time_and_energy_at_full_speed():
-    cool = replace(DEVICE, throttle_c=90.0)
-    world = World(cool, HOT)
-    world.compute(10.5 * cool.macs_per_s)
-    assert world.time_s == pytest.approx(10.5)
-    assert world.energy_j == pytest.approx(10.5 * (cool.power_w + cool.idle_w))
-    assert world.throttled_s == 0
-    assert world.battery == pytest.approx(0.6 - world.energy_j / (cool.battery_wh * 3600))
-
-
-def test_a_throttled_phone_settles_where_heat_in_equals_heat_out():
-    world = World(DEVICE, HOT)
-    world.compute(DEVICE.macs_per_s * 20_000)
-    power = DEVICE.power_w * world.speed**2 + DEVICE.idle_w
-    assert world.speed < 0.9
-    assert world.skin_c == pytest.approx(35.0 + DEVICE.resistance_k_per_w * power, abs=0.05)
-
-
-def test_speed_falls_steadily_with_heat():
-    speeds = [DEVICE.speed(DEVICE.throttle_c + over) for over in (-10, 0, 1, 4, 8, 30)]
-    assert speeds[:2] == [1.0, 1.0]
-    assert speeds[1:5] == sorted(speeds[1:5], reverse=True)
-    assert speeds[-1] == thermal.SLOWEST
-
-
-def test_fixed_steps_cost_what_their_calls_cost():
-    cool = replace(DEVICE, throttle_c=90.0)
-    drawn, _ = play(fixed("x", 20, 0.5), Limits(steps=(20,), widths=(0.5,)), cool, HOT, Work(1e12, 2e12), pictures=2)
-    assert [d.seconds for d in drawn] == [pytest.approx((40 * 0.57e12 + 2e12) / cool.macs_per_s)] * 2
-    assert [(d.steps, d.width) for d in drawn] == [(20, 0.5)] * 2
-
-
-def test_no_picture_is_counted_that_the_battery_or_the_time_did_not_finish():
-    empty = HOT.model_copy(update={"start": HOT.start.model_copy(update={"battery": 0.0001})})
-    drawn, world = play(fixed("x", 20, 1.0), Limits(), DEVICE, empty, Work(401.6e9, 0.0), pictures=50)
-    assert (len(drawn), world.battery) == (0, 0.0)
-    drawn, _ = play(fixed("x", 20, 1.0), Limits(), DEVICE, HOT, Work(401.6e9, 0.0), pictures=50, seconds=20.0)
-    assert len(drawn) == 2
 
 
 @pytest.mark.parametrize("device", CLASSES)
@@ -116,6 +64,16 @@ def test_alignment_is_only_told_where_it_was_measured(manifest):
     assert all(o.alignment is None for o in outcomes(other, "hot", "recent-npu", policies=("balanced",)).values())
 
 
+def test_alignment_is_that_of_the_settings_that_draw_a_picture(manifest):
+    known = measured_alignment()
+    assert known[drawable(Ran(15, 0.75, None, 1.0, 0, True))] == pytest.approx(0.6953)
+    assert (15, 0.75, 1.0, None) not in measured_alignment("separate")
+    assert (20, 1.0, 1.0, None) in measured_alignment("separate")
+    switched = Ran(15, 1.0, (7 / 15, 0.75), 1.0, 1, True)
+    assert drawable(switched) == (15, 1.0, 1.0, (0.5, 0.75))  # not the alignment of either width alone
+    assert drawable(Ran(17, 1.0, None, 1.0, 1, False)) is None  # shortened under way: no table of 17 steps drew it
+
+
 def test_every_figure_of_a_device_class_names_its_source():
     for device in CLASSES.values():
         figures = {name for name, value in vars(device).items() if isinstance(value, float)}
@@ -144,4 +102,4 @@ def test_traces_are_checked(manifest, tmp_path):
     with pytest.raises(RequestError, match="hot"):
         load_trace("volcano")
     with pytest.raises(RequestError):
-        simulate.simulate(manifest, HOT, DEVICE, pictures=0)
+        simulate.simulate(manifest, HOT, CLASSES["recent-npu"], pictures=0)
