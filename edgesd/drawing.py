@@ -123,6 +123,8 @@ def draw(
                 record |= {"reused": False, "similar": [str(p) for p in store.similar(pipeline.identity, one)]}
                 store.keep(key, path)
             drawn.append(record | {"path": str(path), "seconds": round(time.perf_counter() - first, 3)})
+    for kept_between_runs in (cache, *(() if store is None else (store,))):
+        kept_between_runs.close()
     told = {"pictures": drawn, "seconds": round(time.perf_counter() - began, 3), "cache": cache.stats()}
     return told if store is None else told | {"store": store.stats()}
 

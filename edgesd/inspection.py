@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import stat
 from collections import Counter
-from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgesd import files, pruning
 from edgesd.benchmark import bench
+from edgesd.caches import cache
 from edgesd.diagnosis import doctor
 from edgesd.errors import DataError, SetupError
 from edgesd.parity import describe
 from edgesd.sheet import Section, Sheet, decibels, duration, size
-from edgesd.stages import Stages
 
 if TYPE_CHECKING:
     from edgesd.bundle import Bundle
@@ -24,12 +22,6 @@ if TYPE_CHECKING:
 
 __all__ = ["bench", "cache", "doctor", "inspect", "samplers"]
 
-CACHES = {
-    "stages": "finished packaging stages",
-    "prompts": "prompt embeddings",
-    "pictures": "pictures, with --reuse",
-    "receipts": "bundles already verified",
-}
 MOST_SHOWN = 12  # operation types in the table, layers of a plan; the JSON has all
 MAX_PLAN_BYTES = 64 << 20
 _PLAIN = ("float32", "f32", "")
@@ -256,44 +248,3 @@ def samplers(steps: int) -> Sheet:
     titles = ("name", "diffusers scheduler", "", "family", "forms", "UNet calls")
     note = "A form is part of the name: euler_karras. Guidance doubles the calls of the rows it covers."
     return Sheet({"steps": steps, "samplers": found}, (Section(f"Samplers at {steps} steps", titles, rows, note),))
-
-
-# ---- cache -----------------------------------------------------------------------------------------------------
-
-
-def cache(clear: bool = False) -> Sheet:
-    """What edgesd keeps between runs, by kind; clear: deletes all of it (figures are those before).
-
-    Nothing is lost but time. Raises SetupError where the cache is closed to this user.
-    """
-    root = files.cache_folder()
-    kept = {}
-    for name in CACHES:
-        sizes = _kept(root / name)
-        kept[name] = {"entries": len(sizes), "bytes": sum(sizes)}
-        if clear:
-            with files.disk_errors(root / name, "Delete it by hand"):
-                _clear(root / name)
-    data = {"folder": str(root), "cleared": clear, "caches": kept}
-    rows = tuple((name, CACHES[name], str(kept[name]["entries"]), size(kept[name]["bytes"])) for name in CACHES)
-    note = "deleted" if clear else "edgesd cache --clear deletes all of it"
-    return Sheet(data, (Section(str(root), ("cache", "what", "files", "size"), rows, note),))
-
-
-def _kept(folder: Path) -> list[int]:
-    """Sizes of what is kept: finished stages, or files."""
-    if folder.name == "stages":
-        return [entry.bytes for entry in Stages(folder).entries()]
-    found = []
-    for path in folder.rglob("*"):
-        with suppress(FileNotFoundError):  # another process is tidying up
-            status = path.lstat()
-            found += [status.st_size] if stat.S_ISREG(status.st_mode) else []
-    return found
-
-
-def _clear(folder: Path) -> None:
-    if folder.name == "stages":
-        Stages(folder).clear()  # leaves alone what another process is using
-    else:
-        files.remove(folder)

@@ -36,12 +36,11 @@ from edgesd.models.session import PART_OF
 from edgesd.packaged import Made, Packaged
 from edgesd.recipe import make_recipe
 from edgesd.sheet import size
-from edgesd.stages import Stages
+from edgesd.stages import MAX_BYTES, Stages
 from edgesd.stages import key as stage_key
 from edgesd.validate import Report, note, validate
 
 OWN_CHILD_BYTES = 256 << 20  # float32 weights beyond which a stage gets a process of its own
-CACHE_BYTES = 20 << 30
 PROMPTS = "prompts/bank.safetensors"
 LIBRARIES = (
     "torch", "diffusers", "transformers", "onnx", "onnxscript", "onnxruntime", "openvino", "litert-torch",
@@ -126,7 +125,7 @@ class _Workers:
 
     def __init__(self, plan: BuildPlan) -> None:
         self.peak_bytes, self._one_each = 0, plan.one_at_a_time
-        self._target, self._stages = plan.recipe.target, Stages(limit_bytes=CACHE_BYTES)
+        self._target, self._stages = plan.recipe.target, Stages(limit_bytes=MAX_BYTES)
         self._shared: Child | None = None
         self.limit_bytes = child_limit(plan.recipe.max_ram_bytes)
 

@@ -25,6 +25,7 @@ from pydantic import BaseModel
 from edgesd import files
 from edgesd.errors import RequestError
 
+MAX_BYTES = 20 << 30  # of the finished stages that a build leaves behind
 _LISTING, _CONTENT = "stage.json", "files"
 
 

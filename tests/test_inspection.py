@@ -100,24 +100,6 @@ def test_samplers_lists_unet_calls():
     assert "karras" in next(line for line in shown(found).splitlines() if line.startswith("dpmpp_2m "))
 
 
-def test_cache_counts_and_clears(tmp_path, monkeypatch):
-    monkeypatch.setenv("EDGESD_CACHE", str(tmp_path / "cache"))
-    from edgesd.stages import Stages, key
-
-    Stages().run(key("tables", 1), lambda folder: (folder / "made").write_bytes(b"x" * 500))
-    (tmp_path / "cache/prompts").mkdir()
-    (tmp_path / "cache/prompts/one.safetensors").write_bytes(b"x" * 70)
-    other = tmp_path / "cache/not-ours.txt"
-    other.write_text("kept")
-    kept = inspection.cache().to_json()["caches"]
-    assert kept["stages"] == {"entries": 1, "bytes": 500}
-    assert kept["prompts"] == {"entries": 1, "bytes": 70}
-    assert "deletes all" in shown(inspection.cache())
-    assert inspection.cache(clear=True).to_json()["caches"] == kept
-    assert {one["bytes"] for one in inspection.cache().to_json()["caches"].values()} == {0}
-    assert other.exists()
-
-
 def test_names_from_a_bundle_are_text_never_markup():
     found = sheet.Sheet({}, (sheet.Section("[red]t[/red]", ("[b]c[/b]",), (("[link=x]y[/link]",),)),))
     text = shown(found)

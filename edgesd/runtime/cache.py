@@ -10,9 +10,10 @@ import hashlib
 import json
 import threading
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from safetensors.numpy import load, save
@@ -22,6 +23,7 @@ from edgesd.files import write_whole
 MEMORY_BYTES = 64 << 20
 DISK_BYTES = 256 << 20
 _SUFFIX = ".safetensors"
+TALLY = "tally.json"  # beside the entries: hits and misses of all runs
 
 
 def prompt_key(model: str, component: str, text: str) -> str:
@@ -55,10 +57,17 @@ class PromptCache:
             self._remember(key, found)
             return found
 
-    def stats(self) -> dict[str, int]:
-        """hits, misses; dropped: broken files deleted; unsaved: what the disk did not take; entries, bytes: held."""
+    def stats(self) -> dict[str, Any]:
+        """hits, misses, hit_rate; dropped: broken files deleted; unsaved: what the disk did not take; entries, bytes:
+        held in memory."""
         with self._lock:
-            return {**self._counts, "entries": len(self._entries), "bytes": self._held()}
+            rate = hit_rate(self._counts["hits"], self._counts["misses"])
+            return {**self._counts, "hit_rate": rate, "entries": len(self._entries), "bytes": self._held()}
+
+    def close(self) -> None:
+        """Adds this run's hits and misses to the folder's."""
+        if self.folder is not None:
+            add_tally(self.folder, self._counts)
 
     def _held(self) -> int:
         return sum(array.nbytes for array in self._entries.values())
@@ -119,6 +128,33 @@ def evict(folder: Path, suffix: str, max_bytes: int) -> None:
             return
         path.unlink(missing_ok=True)
         total -= size
+
+
+def hit_rate(hits: int, misses: int) -> float | None:
+    """Hits per question, rounded; None where nothing was asked."""
+    return round(hits / (hits + misses), 4) if hits + misses else None
+
+
+def tally(folder: Path) -> tuple[int, int]:
+    """(hits, misses) of all runs on a cache's folder; (0, 0) where nobody counted."""
+    try:
+        told = json.loads((folder / TALLY).read_bytes()[:1024])
+        hits, misses = told["hits"], told["misses"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return 0, 0
+    whole = all(type(n) is int and 0 <= n < 1 << 53 for n in (hits, misses))
+    return (hits, misses) if whole else (0, 0)
+
+
+def add_tally(folder: Path, counts: Mapping[str, int]) -> None:
+    """Adds a run's hits and misses to a folder's. For people alone: of two runs that end at once one may be lost."""
+    if counts["hits"] + counts["misses"] == 0:
+        return
+    hits, misses = tally(folder)
+    told = {"hits": hits + counts["hits"], "misses": misses + counts["misses"]}
+    with suppress(OSError):
+        folder.mkdir(parents=True, exist_ok=True)
+        write_whole(folder / TALLY, json.dumps(told).encode())
 
 
 def _seal(key: str, array: np.ndarray) -> bytes:

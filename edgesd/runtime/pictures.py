@@ -18,7 +18,7 @@ from PIL import Image
 
 from edgesd.errors import EdgesdError
 from edgesd.files import write_whole
-from edgesd.runtime.cache import evict
+from edgesd.runtime.cache import add_tally, evict, hit_rate
 from edgesd.runtime.canvas import Start
 from edgesd.runtime.image import read_settings
 from edgesd.runtime.settings import Settings
@@ -94,9 +94,13 @@ class PictureStore:
                 break
         return [path for _, path in found]
 
-    def stats(self) -> dict[str, int]:
-        """hits, misses; dropped: broken files deleted; unsaved: what the disk did not take."""
-        return dict(self._counts)
+    def stats(self) -> dict[str, Any]:
+        """hits, misses, hit_rate; dropped: broken files deleted; unsaved: what the disk did not take."""
+        return {**self._counts, "hit_rate": hit_rate(self._counts["hits"], self._counts["misses"])}
+
+    def close(self) -> None:
+        """Adds this run's hits and misses to the folder's."""
+        add_tally(self.folder, self._counts)
 
     def _record(self, path: Path) -> dict[str, Any] | None:
         """The record in a stored PNG, its checksums verified; a broken file is deleted."""

@@ -5,7 +5,7 @@ import os
 import numpy as np
 import pytest
 
-from edgesd.runtime.cache import PromptCache, prompt_key
+from edgesd.runtime.cache import TALLY, PromptCache, hit_rate, prompt_key, tally
 
 
 def states(value: float = 1.0, count: int = 256) -> np.ndarray:
@@ -24,7 +24,9 @@ def test_a_prompt_is_encoded_once():
     cache = PromptCache()
     first = cache.get(key("a"), states)
     assert cache.get(key("a"), never) is first
-    assert cache.stats() == {"hits": 1, "misses": 1, "dropped": 0, "unsaved": 0, "entries": 1, "bytes": 1024}
+    assert cache.stats() == {
+        "hits": 1, "misses": 1, "hit_rate": 0.5, "dropped": 0, "unsaved": 0, "entries": 1, "bytes": 1024
+    }  # fmt: skip
     with pytest.raises(ValueError, match="read-only"):
         first[0] = 0
 
@@ -58,6 +60,18 @@ def test_an_entry_beyond_the_limit_is_given_but_not_kept():
     assert (cache.get(key("a"), states) == 1).all()
     assert cache.stats()["entries"] == 0
     assert (PromptCache(max_bytes=0).get(key("a"), states) == 1).all()
+
+
+def test_hits_are_counted_over_all_runs(tmp_path):
+    for expected in ((0, 1), (1, 1), (2, 1)):
+        cache = PromptCache(folder=tmp_path)
+        cache.get(key("a"), states)
+        cache.close()
+        assert tally(tmp_path) == expected
+    for broken in (b"{", b"[]", b'{"hits": -1, "misses": 0}', b'{"hits": true, "misses": 0}', b" " * 5000):
+        (tmp_path / TALLY).write_bytes(broken)
+        assert tally(tmp_path) == (0, 0)
+    assert (hit_rate(1, 2), hit_rate(0, 0)) == (0.3333, None)
 
 
 def test_the_folder_outlives_the_process(tmp_path):

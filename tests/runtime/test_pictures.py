@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from edgesd.runtime.cache import tally
 from edgesd.runtime.canvas import Start
 from edgesd.runtime.image import save_png
 from edgesd.runtime.pictures import PictureStore, look, picture_key
@@ -37,7 +38,9 @@ def test_the_same_request_gives_the_stored_bytes(store, tmp_path):
         "changes": [],
     }
     assert (tmp_path / "out.png").read_bytes() == drawn.read_bytes()
-    assert store.stats() == {"hits": 1, "misses": 1, "dropped": 0, "unsaved": 0}
+    assert store.stats() == {"hits": 1, "misses": 1, "hit_rate": 0.5, "dropped": 0, "unsaved": 0}
+    store.close()
+    assert tally(store.folder) == (1, 1)
 
 
 def test_whatever_decides_a_picture_is_in_its_key():
