@@ -62,6 +62,21 @@ class Batch:
         """The same calls with other input tensors."""
         return replace(self, inputs=inputs)
 
+    def split(self, calls: int) -> Iterator[tuple[Batch, torch.Tensor]]:
+        """The same calls, at most so many at a time, each lot with the rows of this batch that it holds."""
+        count = len(self.weight)
+        for at in range(0, count, calls):
+            own = torch.arange(at, min(at + calls, count))
+            rows = torch.cat([own, own + count]) if self.pairs else own
+            yield (
+                replace(
+                    self, inputs={name: x[rows] for name, x in self.inputs.items()}, weight=self.weight[own],
+                    guidance=self.guidance[own], steps=self.steps[at : at + calls],
+                    target=None if self.target is None else self.target[own],
+                ),
+                rows,
+            )  # fmt: skip
+
     def forward(self, module: nn.Module) -> torch.Tensor:
         """The component's first output, with `module` as its part."""
         return next(iter(self.compute({self.part: module}, self.inputs).values()))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -17,6 +17,7 @@ from edgesd.compress.moments import Moments, View, count_rows, require_finite, r
 
 PROBES = 48  # calls that gradients are taken on, fewer where calls are big
 BIG_PROBES = 8
+GRAPH_LATENTS = 4 * 16 * 16  # latent positions whose forward pass is kept for a backward pass
 MAP_QUERIES = 64  # attention rows compared when heads are
 
 
@@ -172,10 +173,7 @@ def _gradients(
             hooks.enter_context(
                 layer.register_forward_hook(lambda m, args, out, g=group: seen.__setitem__(g.name, (args[0], out)))
             )
-        for batch in batches:
-            seen.clear()
-            output = batch.forward(module)
-            probe = torch.randn(output.shape, generator=generator)
+        for batch, output, probe in _probed(module, batches, generator):
             gains = _grad((output * probe).sum(), [seen[g.name][1] for g in groups], keep=taylor_too)
             losses = _grad(batch.loss(output), [seen[g.name][0] for g in groups]) if taylor_too else gains
             weight = batch.weight.repeat(2) if batch.pairs else batch.weight
@@ -190,7 +188,24 @@ def _gradients(
                     gates = rows(layer, (x * loss).detach()).unflatten(0, (len(x), -1)).sum(1)
                     scores = gates.unflatten(1, (group.units, -1)).sum(2).abs().sum(0)
                     taylor[group.name] = taylor.get(group.name, 0) + scores
+            seen.clear()  # before the next are made
     return {name: total / counts[name] for name, total in gain.items()}, taylor
+
+
+def _probed(
+    module: nn.Module, batches: Sequence[Batch], generator: torch.Generator
+) -> Iterator[tuple[Batch, torch.Tensor, torch.Tensor]]:
+    """(calls, output, probe) in portions whose graph is small; the noise is drawn for whole batches all the same."""
+    for batch in batches:
+        sample = batch.inputs.get("sample")
+        calls = len(batch.weight) if sample is None else max(1, GRAPH_LATENTS // sample[0, 0].numel())
+        noise = None
+        for portion, held in batch.split(calls):
+            output = portion.forward(module)
+            if noise is None:
+                whole = len(next(iter(batch.inputs.values())))
+                noise = torch.randn((whole, *output.shape[1:]), generator=generator)
+            yield portion, output, noise[held]
 
 
 def _grad(output: torch.Tensor, inputs: Sequence[torch.Tensor], keep: bool = False) -> tuple[torch.Tensor | None, ...]:

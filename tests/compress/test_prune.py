@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from edgesd.calibration.sets import Call
+from edgesd.compress import evidence as evidence_module
 from edgesd.compress import latency, moments
 from edgesd.compress.allocate import allocate
 from edgesd.compress.calls import batches
@@ -137,6 +138,21 @@ def test_every_criterion_orders_every_group(model, calls):
     assert curve(one, "obs", "ls").errors[0] <= min(others) + 1e-9
     for name in ("l1", "obs"):
         assert curve(one, name, "ls").errors[-1] <= curve(one, name, "bias").errors[-1]
+
+
+def test_gradients_in_small_portions_are_those_of_whole_batches(model, calls, monkeypatch):
+    module = model.modules["unet"]
+    groups = [g for g in find_groups(module) if g.name.startswith("mid_block")]
+    lots = batches("unet", calls[:5])
+    found = []
+    for positions in (5 * 64, 2 * 64):  # all five calls at once; two, two and one
+        monkeypatch.setattr(evidence_module, "GRAPH_LATENTS", positions)
+        found.append(collect(module, groups, lots, "taylor"))
+    whole, portions = found
+    assert whole.keys() == portions.keys()
+    for name, one in whole.items():
+        torch.testing.assert_close(portions[name].gain, one.gain, rtol=1e-4, atol=1e-9)
+        torch.testing.assert_close(portions[name].taylor, one.taylor, rtol=1e-4, atol=1e-9)
 
 
 def test_a_unit_that_says_nothing_goes_first(model, calls):
