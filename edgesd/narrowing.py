@@ -17,8 +17,10 @@ from typing import TYPE_CHECKING, Any
 
 from edgesd import targets
 from edgesd.child import in_child
+from edgesd.compress.quantplan import QUANTIZED
 from edgesd.errors import RequestError
 from edgesd.manifest import Variant
+from edgesd.stages import LIBRARIES
 from edgesd.stages import key as stage_key
 
 if TYPE_CHECKING:
@@ -32,10 +34,8 @@ if TYPE_CHECKING:
     from edgesd.recipe import Recipe
     from edgesd.targets import Target
 
-LIBRARIES = ("torch", "diffusers", "transformers", "numpy")
 CALLS, CALLS_OF_LARGE, LARGE_PARAMS = 480, 80, 200_000_000
 FACTS = "facts.json"
-QUANTIZED = ("int8", "hybrid", "w8")
 
 
 def mode(recipe: Recipe, target: Target) -> str:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from edgesd.errors import RequestError
+from edgesd.stages import LIBRARIES
 from edgesd.stages import key as stage_key
 
 if TYPE_CHECKING:
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
     from edgesd.runtime.settings import Settings
 
 PART = "unet"
-LIBRARIES = ("torch", "diffusers", "transformers", "numpy")
 FACTS, RECORDED = "pruning.json", "set"
 # Recorded UNet rows: what the embedded model's figures rest on, and what a UNet of SD 1.5's size has time for.
 CALLS, FEWER_CALLS, BIG_PARAMS = 480, 64, 100_000_000

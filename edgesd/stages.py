@@ -26,6 +26,7 @@ from edgesd import files
 from edgesd.errors import RequestError
 
 MAX_BYTES = 20 << 30  # of the finished stages that a build leaves behind
+LIBRARIES = ("torch", "diffusers", "transformers", "numpy")  # that compute with a checkpoint, whatever the target
 _LISTING, _CONTENT = "stage.json", "files"
 
 
