@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from edgesd.models.load import LoadedModel
     from edgesd.recipe import Recipe
     from edgesd.targets import Target
+    from edgesd.workers import Workers
 
 CALLS, CALLS_OF_LARGE, LARGE_PARAMS = 480, 80, 200_000_000
 FACTS = "facts.json"
@@ -65,7 +66,7 @@ def check(recipe: Recipe, target: Target, precisions: Sequence[str]) -> None:
                            "Choose --width-mode separate")  # fmt: skip
 
 
-def made(plan: BuildPlan, workers: Any) -> Path | None:
+def made(plan: BuildPlan, workers: Workers) -> Path | None:
     """The stage that holds the UNet at every width; made now where it is not cached. None for width 1 alone."""
     if plan.recipe.widths == (1.0,):
         return None

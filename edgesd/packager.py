@@ -9,8 +9,6 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -18,7 +16,6 @@ from typing import Any
 
 from edgesd import bundle, golden, memory, narrowing, pruning, quantstages, targets
 from edgesd.buildplan import BuildPlan, Planned, make_plan
-from edgesd.child import Child, in_child
 from edgesd.errors import GateError, RequestError
 from edgesd.files import copy_tree
 from edgesd.governing import ship_policies
@@ -35,12 +32,10 @@ from edgesd.manifest import (
 from edgesd.models.session import PART_OF
 from edgesd.packaged import Made, Packaged
 from edgesd.recipe import make_recipe
-from edgesd.sheet import size
-from edgesd.stages import MAX_BYTES, Stages
 from edgesd.stages import key as stage_key
 from edgesd.validate import Report, note, validate
+from edgesd.workers import Workers
 
-OWN_CHILD_BYTES = 256 << 20  # float32 weights beyond which a stage gets a process of its own
 PROMPTS = "prompts/bank.safetensors"
 LIBRARIES = (
     "torch", "diffusers", "transformers", "onnx", "onnxscript", "onnxruntime", "openvino", "litert-torch",
@@ -83,7 +78,7 @@ def build(plan: BuildPlan, *, force: bool = False) -> Made:
     began = time.perf_counter()
     for line in plan.notes:
         print(f"{plan.recipe.target}: {line}", file=sys.stderr)
-    with bundle.writing(plan.destination, force=force) as folder, _Workers(plan) as workers:
+    with bundle.writing(plan.destination, force=force) as folder, Workers(plan) as workers:
         plan, smaller = pruning.pruned(plan, workers)
         narrow = narrowing.made(plan, workers)
         truth = workers.stage("reference", plan.fp32_bytes, _truth_key(plan), _record_truth, plan, narrow)
@@ -106,8 +101,8 @@ def build(plan: BuildPlan, *, force: bool = False) -> Made:
         variants = narrowing.shared(plan, folder, variants)
         manifest = _manifest(plan, facts, variants, downgrades, folder)
         bundle.seal(folder, manifest)
-        manifest = pruning.note(_measured(plan, folder, manifest, workers), smaller)
-        quality = manifest.quality | narrowing.told(narrow, folder)
+        manifest = _measured(plan, folder, manifest, workers)
+        quality = manifest.quality | smaller | narrowing.told(narrow, folder)
         manifest = manifest.model_copy(update={"quality": quality})
         bundle.seal(folder, manifest)
     return Made(plan.destination, manifest, time.perf_counter() - began, workers.peak_bytes, _prompt(plan))
@@ -118,56 +113,6 @@ def _prompt(plan: BuildPlan) -> str:
 
 
 # ---- stages ----------------------------------------------------------------------------------------------------
-
-
-class _Workers:
-    """Runs stages in children: small ones share one (imports cost seconds), a big one has its own and gives back."""
-
-    def __init__(self, plan: BuildPlan) -> None:
-        self.peak_bytes, self._one_each = 0, plan.one_at_a_time
-        self._target, self._stages = plan.recipe.target, Stages(limit_bytes=MAX_BYTES)
-        self._shared: Child | None = None
-        self.limit_bytes = child_limit(plan.recipe.max_ram_bytes)
-
-    def __enter__(self) -> _Workers:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def close(self) -> None:
-        if self._shared is not None:
-            self._shared.close()
-            self._shared = None
-
-    def stage(self, what: str, weight_bytes: int, key: str, work: Callable[..., None], *args: Any) -> Path:
-        """The folder of a stage, from the cache or made now by `work(*args, folder)` in a child."""
-        label, made = f"{self._target}: {what}", []
-
-        def make(folder: Path) -> None:
-            if self._one_each or weight_bytes > OWN_CHILD_BYTES:
-                self.close()
-                ran = in_child(work, *args, folder, label=label, memory_limit_bytes=self.limit_bytes)
-            else:
-                if self._shared is None:
-                    self._shared = Child(memory_limit_bytes=self.limit_bytes)
-                ran = self._shared.run(work, *args, folder, label=label)
-            self.peak_bytes = max(self.peak_bytes, ran.peak_bytes)
-            made.append(ran.peak_bytes)
-
-        with _line(label) as notes:
-            place = self._stages.run(key, make)
-            notes += [f"peak {size(made[0])}"] if made else ["cached"]
-        return place
-
-
-def child_limit(max_ram_bytes: int | None) -> int | None:
-    """What a child may hold so that it and this process stay within a limit together; None without one."""
-    if max_ram_bytes is None:
-        return None
-    import psutil
-
-    return max(1, max_ram_bytes - psutil.Process().memory_info().rss)
 
 
 def _truth_key(plan: BuildPlan) -> str:
@@ -343,14 +288,9 @@ def _shipped_spec(plan: BuildPlan, facts: dict[str, Any]) -> ModelSpec:
     return spec.model_copy(update={"latent": latent, "defaults": defaults, "tokenizers": tokenizers})
 
 
-def _measured(plan: BuildPlan, folder: Path, manifest: Manifest, workers: _Workers) -> Manifest:
+def _measured(plan: BuildPlan, folder: Path, manifest: Manifest, workers: Workers) -> Manifest:
     """Runs the sealed bundle against its golden vectors in a child; the manifest with what came of it, or GateError."""
-    label = f"{plan.recipe.target}: validate"
-    with _line(label) as notes:
-        ran = in_child(_validate, folder, plan.one_at_a_time, label=label, memory_limit_bytes=workers.limit_bytes)
-        notes.append(f"peak {size(ran.peak_bytes)}")
-    workers.peak_bytes = max(workers.peak_bytes, ran.peak_bytes)
-    report: Report = ran.value
+    report: Report = workers.alone("validate", _validate, folder, plan.one_at_a_time)
     if not report.passed:
         try:
             report.require()
@@ -372,20 +312,3 @@ def _versions() -> dict[str, str]:
         except PackageNotFoundError:
             continue
     return found
-
-
-@contextmanager
-def _line(label: str) -> Iterator[list[str]]:
-    """A spinner while a stage runs and one line when it is done, on stderr: "cached", or time and notes."""
-    from rich.console import Console
-
-    console, began, notes = Console(stderr=True, highlight=False), time.perf_counter(), list[str]()
-    with console.status(f"{label} …") if sys.stderr.isatty() else _nothing():
-        yield notes
-    took = f"{time.perf_counter() - began:.1f} s"
-    console.print(f"{label}  {', '.join(notes) if 'cached' in notes else ', '.join([took, *notes])}")
-
-
-@contextmanager
-def _nothing() -> Iterator[None]:
-    yield

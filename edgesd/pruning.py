@@ -10,10 +10,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from edgesd.errors import RequestError
 from edgesd.stages import LIBRARIES
@@ -21,21 +20,15 @@ from edgesd.stages import key as stage_key
 
 if TYPE_CHECKING:
     from edgesd.buildplan import BuildPlan
-    from edgesd.manifest import Manifest
     from edgesd.models.load import Checkpoint, LoadedModel
     from edgesd.recipe import Recipe
     from edgesd.runtime.settings import Settings
+    from edgesd.workers import Workers
 
 PART = "unet"
 FACTS, RECORDED = "pruning.json", "set"
 # Recorded UNet rows: what the embedded model's figures rest on, and what a UNet of SD 1.5's size has time for.
 CALLS, FEWER_CALLS, BIG_PARAMS = 480, 64, 100_000_000
-
-
-class Workers(Protocol):
-    """The packager's: runs a cached stage in a child process and gives its folder."""
-
-    def stage(self, what: str, weight_bytes: int, key: str, work: Callable[..., None], *args: Any) -> Path: ...
 
 
 def calls_for(unet_params: int) -> int:
@@ -61,20 +54,22 @@ def predicted_params(params: dict[str, int], ratio: float | None) -> dict[str, i
     return params if ratio is None else {**params, PART: round(params[PART] * (1 - ratio))}
 
 
-def pruned(plan: BuildPlan, workers: Workers) -> tuple[BuildPlan, dict[str, Any] | None]:
-    """The plan with its pruned checkpoint, and what to tell of it; the plan as it is where nothing is to be pruned.
+def pruned(plan: BuildPlan, workers: Workers) -> tuple[BuildPlan, dict[str, Any]]:
+    """The plan with its pruned checkpoint, and what the manifest's quality says of it: `pruned`.
 
-    Two cached stages: the recorded calls, which serve every ratio, and the pruned part.
+    As it is, and nothing to say, where nothing is to be pruned. Two cached stages: the recorded calls, which serve
+    every ratio, and the pruned part.
     """
     ratio, checkpoint = plan.recipe.prune, plan.checkpoint
     if ratio is None:
-        return plan, None
+        return plan, {}
     origin, calls = (checkpoint.sha256, checkpoint.spec), calls_for(plan.dense_unet_params)
     recorded_key = stage_key("calibration", *origin, calls, libraries=LIBRARIES)
     recorded = workers.stage("calibration", plan.fp32_bytes, recorded_key, _record, checkpoint, calls)
     made_key = stage_key("prune", recorded_key, ratio, libraries=LIBRARIES)
     made = workers.stage(f"prune {ratio:g}", plan.fp32_bytes, made_key, _prune, checkpoint, ratio, recorded / RECORDED)
-    return replace(plan, checkpoint=_smaller(checkpoint, made)), json.loads((made / FACTS).read_text(encoding="utf-8"))
+    told = json.loads((made / FACTS).read_text(encoding="utf-8"))
+    return replace(plan, checkpoint=_smaller(checkpoint, made)), {"pruned": told}
 
 
 def _smaller(checkpoint: Checkpoint, made: Path) -> Checkpoint:
@@ -135,11 +130,6 @@ def measure(model: LoadedModel, smaller: Any) -> dict[str, float]:
         "unet_snr_db": round(run_calls(other.session, stored, PART, 1)[0], 2),
         "picture_psnr_db": round(psnr_db(stored.tensors["picture"], drawn[::stride, ::stride]), 2),
     }
-
-
-def note(manifest: Manifest, told: dict[str, Any] | None) -> Manifest:
-    """The manifest with what `pruned` told, in its `quality`."""
-    return manifest if told is None else manifest.model_copy(update={"quality": manifest.quality | {"pruned": told}})
 
 
 def describe(told: dict[str, Any]) -> tuple[tuple[tuple[str, str, str, str], ...], str]:

@@ -9,7 +9,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from edgesd.manifest import Axes, ModelSpec
     from edgesd.models.load import LoadedModel
     from edgesd.models.modules import Component
+    from edgesd.workers import Workers
 
 CALLS, CALLS_OF_LARGE = 240, 80  # UNet rows recorded; the second where a whole run of a model takes minutes
 LARGE_PARAMS = 200_000_000
@@ -44,7 +45,7 @@ def is_quantized(axes: Axes) -> bool:
     return axes.precision in QUANTIZED
 
 
-def prepare(plan: BuildPlan, workers: Any, libraries: tuple[str, ...]) -> dict[tuple[str, str], tuple[str, Path]]:
+def prepare(plan: BuildPlan, workers: Workers, libraries: tuple[str, ...]) -> dict[tuple[str, str], tuple[str, Path]]:
     """(component, precision) -> (key, folder) of the finished quantization stages that the build's artefacts need."""
     wanted = {(p.component, p.axes.precision): p for p in plan.artefacts if is_quantized(p.axes)}
     if not wanted:

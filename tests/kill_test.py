@@ -31,16 +31,14 @@ MOVE_IN_S = 0.05  # what comes after the last line: sealing, syncing, two rename
 
 def command(words, log, environment):
     """In a forked process: `edgesd` with the test target, no children."""
-    import test_packager_families as families
+    import inline
 
-    from edgesd import cli, packager, targets
-    from edgesd.child import Ran
+    from edgesd import cli, targets
 
     signal.signal(signal.SIGINT, signal.default_int_handler)
     os.environ.update(environment)
     targets.TARGETS["torch"] = "torch_target"
-    packager.Child = families.Inline
-    packager.in_child = lambda f, *args, label="", **_: Ran(f(*args), 0.0, 0)
+    inline.install()
     sys.argv = ["edgesd", *words]
     with open(log, "wb", buffering=0) as file:
         os.dup2(file.fileno(), 1)

@@ -2,12 +2,12 @@
 
 import json
 
+import inline
 import numpy as np
 import pytest
 import tiny
 
 from edgesd import bundle, narrowing, packager, sources, targets
-from edgesd.child import Ran
 from edgesd.errors import DataError, RequestError
 from edgesd.recipe import make_recipe, parse_widths
 from edgesd.runtime.generate import generate
@@ -17,23 +17,6 @@ from edgesd.runtime.widths import BINS, Widths, read_widths
 PROMPT = "a red circle above a blue square on a white background"
 
 
-class Inline:
-    """Stands for a child process: the same calls, here."""
-
-    def __init__(self, memory_limit_bytes=None):
-        pass
-
-    def run(self, function, *args, label=""):
-        return Ran(function(*args), 0.0, 0)
-
-    def close(self):
-        pass
-
-
-def run_here(function, *args, label="", **_):
-    return Ran(function(*args), 0.0, 0)
-
-
 @pytest.fixture(scope="module", params=[("onnx-web", None), ("openvino", "separate")])
 def made(request, tmp_path_factory):
     """(mode, bundle folder) of a tiny checkpoint in widths 1 and 0.5."""
@@ -41,9 +24,7 @@ def made(request, tmp_path_factory):
     target, mode = request.param
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("EDGESD_CACHE", str(folder / "cache"))
-        patch.setattr(packager, "Child", Inline)
-        patch.setattr(packager, "in_child", run_here)
-        patch.setattr(narrowing, "in_child", run_here)
+        inline.install(patch.setattr)
         patch.setattr(narrowing, "CALLS", 24)
         fields = {
             "source": tiny.folder("sd1", folder / "tiny"), "precision": "fp32", "samplers": ("euler",), "steps": (4, 4),

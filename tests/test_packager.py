@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 
+import inline
 import numpy as np
 import pytest
 
@@ -124,19 +125,13 @@ def test_what_falls_short_is_not_shipped(made, tmp_path, monkeypatch):
     from edgesd import golden
 
     target = made[1].made[0].manifest.target
-    monkeypatch.setattr(packager, "in_child", _no_child)
+    inline.install(monkeypatch.setattr)
     impossible = {k: g.model_copy(update={"snr_db": 199.0}) for k, g in golden.GATES.items()}
     monkeypatch.setattr("edgesd.golden.GATES", impossible)
     monkeypatch.setattr("edgesd.parity.GATES", impossible)
     with pytest.raises(GateError, match="Nothing was shipped"):
         packager.package_all(FIELDS, [target], tmp_path)
     assert not list(tmp_path.iterdir())
-
-
-def _no_child(function, *args, **options):
-    from edgesd.child import Ran
-
-    return Ran(function(*args), 0.0, 0)
 
 
 def test_a_dry_run_predicts_and_makes_nothing(tmp_path):

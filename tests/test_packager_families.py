@@ -2,14 +2,14 @@
 
 import json
 
+import inline
 import numpy as np
 import pytest
 import tiny
 import torch
 from safetensors.torch import save_file
 
-from edgesd import packager, sources, targets
-from edgesd.child import Ran
+from edgesd import packager, sources, targets, workers
 from edgesd.errors import RequestError
 from edgesd.models.load import load
 from edgesd.runtime.generate import generate
@@ -18,24 +18,10 @@ FAMILIES = ("sd1", "sd2", "sdxl", "sdxl_refiner", "inpaint", "lcm")
 PROMPT = "a red circle above a blue square on a white background"
 
 
-class Inline:
-    """Stands for a child process: the same calls, here."""
-
-    def __init__(self, memory_limit_bytes=None):
-        pass
-
-    def run(self, function, *args, label=""):
-        return Ran(function(*args), 0.0, 0)
-
-    def close(self):
-        pass
-
-
 @pytest.fixture(autouse=True)
 def _no_children(monkeypatch):
     monkeypatch.setitem(targets.TARGETS, "torch", "torch_target")
-    monkeypatch.setattr(packager, "Child", Inline)
-    monkeypatch.setattr(packager, "in_child", lambda f, *args, label="", **_: Ran(f(*args), 0.0, 0))
+    inline.install(monkeypatch.setattr)
 
 
 def package(source, output, target="torch", **fields):
@@ -141,5 +127,5 @@ def test_memory_beyond_the_limit_is_refused_before_any_work(tmp_path):
     with pytest.raises(RequestError, match=r"\(predicted\).*--max-ram of 0\.5 GiB"):
         package(source, tmp_path, max_ram_bytes=512 << 20)
     assert not list(tmp_path.glob("*.edgesd"))
-    assert packager.child_limit(None) is None
-    assert 0 < packager.child_limit(64 << 30) < 64 << 30
+    assert workers.child_limit(None) is None
+    assert 0 < workers.child_limit(64 << 30) < 64 << 30

@@ -1,15 +1,14 @@
 """`package --prune`: the pruned model is what is lowered and held as truth; its cost against the original is told."""
 
 import json
-import typing
 
+import inline
 import pytest
 import tiny
 import torch
 from safetensors.torch import save_file
 
 from edgesd import inspection, packager, pruning, sources, targets
-from edgesd.child import Ran
 from edgesd.errors import DataError, RequestError
 from edgesd.models.load import load
 from edgesd.runtime.generate import generate
@@ -18,29 +17,11 @@ PROMPT = "a red circle above a blue square on a white background"
 FIELDS = {"samplers": ("euler",), "steps": (3, 8), "precision": "fp32"}
 
 
-class Inline:
-    """Stands for a child process: the same calls, here; notes what ran."""
-
-    ran: typing.ClassVar[list[str]] = []
-
-    def __init__(self, memory_limit_bytes=None):
-        pass
-
-    def run(self, function, *args, label=""):
-        Inline.ran.append(label)
-        return Ran(function(*args), 0.0, 0)
-
-    def close(self):
-        pass
-
-
 @pytest.fixture(autouse=True)
 def _no_children(monkeypatch):
     monkeypatch.setitem(targets.TARGETS, "torch", "torch_target")
-    monkeypatch.setattr(packager, "Child", Inline)
-    monkeypatch.setattr(packager, "in_child", lambda f, *args, label="", **_: Ran(f(*args), 0.0, 0))
+    inline.install(monkeypatch.setattr)
     monkeypatch.setattr(pruning, "CALLS", 20)
-    Inline.ran = []
 
 
 @pytest.fixture(scope="module")
@@ -74,15 +55,15 @@ def test_a_pruned_bundle_is_the_pruned_model_and_tells_what_it_cost(source, tmp_
     ours, whole = (generate(sources.open_pipeline(str(p)), PROMPT, **settings)[0].image for p in (path, source))
     assert (ours != whole).any()
 
-    stages = [label.split(": ")[1] for label in Inline.ran]
+    stages = [label.split(": ")[1] for label in inline.labels]
     assert stages[:3] == ["calibration", "prune 0.2", "reference"]
-    Inline.ran.clear()
+    inline.labels.clear()
     package(source, tmp_path, prune=0.1)  # another ratio: the recorded calls serve again
-    assert "torch: calibration" not in Inline.ran
-    assert "torch: prune 0.1" in Inline.ran
-    Inline.ran.clear()
+    assert "torch: calibration" not in inline.labels
+    assert "torch: prune 0.1" in inline.labels
+    inline.labels.clear()
     package(source, tmp_path, prune=0.2)  # what a killed run finished is not done again
-    assert not Inline.ran
+    assert inline.labels == ["torch: validate"]
 
 
 def test_a_lora_is_pruned_with_the_model_and_not_added_again(source, tmp_path):

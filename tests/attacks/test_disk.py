@@ -7,15 +7,14 @@ import subprocess
 import sys
 import time
 
+import inline
 import pytest
 import tiny
 from kill_test import Forked, Packager
 from PIL import Image
-from test_packager_families import Inline
 
-from edgesd import bundle, cli, packager, targets
+from edgesd import bundle, cli, targets
 from edgesd.calibration import sets
-from edgesd.child import Ran
 
 THREE_PARTS = re.compile(r"^edgesd: .+\. Allowed: .+\. .+\.$", re.DOTALL)
 PROMPT = "a red circle above a blue square on a white background"
@@ -31,8 +30,7 @@ def run(monkeypatch, capsys, tmp_path):
     """Runs a command here, with the test target and its stages in this process: (exit code, stderr)."""
     monkeypatch.setenv("EDGESD_CACHE", str(tmp_path / "cache"))
     monkeypatch.setitem(targets.TARGETS, "torch", "torch_target")
-    monkeypatch.setattr(packager, "Child", Inline)
-    monkeypatch.setattr(packager, "in_child", lambda f, *args, label="", **_: Ran(f(*args), 0.0, 0))
+    inline.install(monkeypatch.setattr)
 
     def command(*words):
         monkeypatch.setattr(sys, "argv", ["edgesd", *map(str, words)])
