@@ -20,6 +20,7 @@ from edgesd.child import in_child
 from edgesd.compress.quantplan import QUANTIZED
 from edgesd.errors import RequestError
 from edgesd.manifest import Variant
+from edgesd.recording import recorded
 from edgesd.stages import LIBRARIES
 from edgesd.stages import key as stage_key
 
@@ -70,8 +71,10 @@ def made(plan: BuildPlan, workers: Workers) -> Path | None:
     """The stage that holds the UNet at every width; made now where it is not cached. None for width 1 alone."""
     if plan.recipe.widths == (1.0,):
         return None
-    parts = (plan.checkpoint.sha256, plan.checkpoint.spec, stored_mode(plan), plan.recipe.widths)
-    return workers.stage("widths", plan.fp32_bytes, stage_key("widths", *parts, libraries=LIBRARIES), _make, plan)
+    rows = CALLS_OF_LARGE if plan.dense_unet_params > LARGE_PARAMS else CALLS
+    calls_key, calls = recorded(plan, workers, rows)
+    key = stage_key("widths", calls_key, stored_mode(plan), plan.recipe.widths, libraries=LIBRARIES)
+    return workers.stage("widths", plan.fp32_bytes, key, _make, plan, calls)
 
 
 def stored_mode(plan: BuildPlan) -> str:
@@ -88,27 +91,25 @@ def key(plan: BuildPlan, planned: Planned) -> tuple[Any, ...]:
     return truth_key(plan) if planned.component == "unet" else ()
 
 
-def _make(plan: BuildPlan, folder: Path) -> None:
-    """In a child: calls recorded, units ordered, widths restored, what each loses measured."""
-    from edgesd.calibration.capture import calibrate
+def _make(plan: BuildPlan, recorded_calls: Path, folder: Path) -> None:
+    """In a child: units ordered, widths restored, what each loses measured."""
+    from edgesd.calibration.sets import open_set
     from edgesd.compress.calls import batches
     from edgesd.compress.widths import nest, save
     from edgesd.models.load import load_parts, quiet
 
     with quiet():
         model = load_parts(plan.checkpoint)
-        large = sum(p.numel() for p in model.modules["unet"].parameters()) > LARGE_PARAMS
-        recorded = calibrate(model, folder / "set", calls=CALLS_OF_LARGE if large else CALLS)
-        calls = recorded.calls("unet")
+        found = open_set(recorded_calls)
+        calls = found.calls("unet")
         nested = nest(model, plan.recipe.widths, stored_mode(plan), calls)
         save(nested, folder)
-        found = sensitivity(model, nested, batches("unet", calls, model.spec), recorded.info)
-    shutil.rmtree(folder / "set")
+        losses = sensitivity(model, nested, batches("unet", calls, model.spec), found.info)
     facts = {
         "mode": nested.plan.mode,
         "macs_off": {f"{w:g}": round(off, 4) for w, off in nested.plan.off().items()},
         "params": {f"{c.width:g}": c.size.params for c in nested.plan.widths},
-        "sensitivity": {f"{w:g}": [float(f"{x:.4g}") for x in row] for w, row in found.items()},
+        "sensitivity": {f"{w:g}": [float(f"{x:.4g}") for x in row] for w, row in losses.items()},
     }
     (folder / FACTS).write_text(json.dumps(facts), encoding="utf-8")
 

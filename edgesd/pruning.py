@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgesd.errors import RequestError
+from edgesd.recording import recorded
 from edgesd.stages import LIBRARIES
 from edgesd.stages import key as stage_key
 
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     from edgesd.workers import Workers
 
 PART = "unet"
-FACTS, RECORDED = "pruning.json", "set"
+FACTS = "pruning.json"
 # Recorded UNet rows: what the embedded model's figures rest on, and what a UNet of SD 1.5's size has time for.
 CALLS, FEWER_CALLS, BIG_PARAMS = 480, 64, 100_000_000
 
@@ -63,11 +64,9 @@ def pruned(plan: BuildPlan, workers: Workers) -> tuple[BuildPlan, dict[str, Any]
     ratio, checkpoint = plan.recipe.prune, plan.checkpoint
     if ratio is None:
         return plan, {}
-    origin, calls = (checkpoint.sha256, checkpoint.spec), calls_for(plan.dense_unet_params)
-    recorded_key = stage_key("calibration", *origin, calls, libraries=LIBRARIES)
-    recorded = workers.stage("calibration", plan.fp32_bytes, recorded_key, _record, checkpoint, calls)
-    made_key = stage_key("prune", recorded_key, ratio, libraries=LIBRARIES)
-    made = workers.stage(f"prune {ratio:g}", plan.fp32_bytes, made_key, _prune, checkpoint, ratio, recorded / RECORDED)
+    calls_key, calls = recorded(plan, workers, calls_for(plan.dense_unet_params))
+    made_key = stage_key("prune", calls_key, ratio, libraries=LIBRARIES)
+    made = workers.stage(f"prune {ratio:g}", plan.fp32_bytes, made_key, _prune, checkpoint, ratio, calls)
     told = json.loads((made / FACTS).read_text(encoding="utf-8"))
     return replace(plan, checkpoint=_smaller(checkpoint, made)), {"pruned": told}
 
@@ -80,16 +79,7 @@ def _smaller(checkpoint: Checkpoint, made: Path) -> Checkpoint:
     return replace(checkpoint, parts=parts, finished=(*checkpoint.finished, PART), sha256=identity)
 
 
-def _record(checkpoint: Checkpoint, calls: int, folder: Path) -> None:
-    """In a child: real calls of the unpruned model."""
-    from edgesd.calibration.capture import calibrate
-    from edgesd.models.load import load_parts, quiet
-
-    with quiet():
-        calibrate(load_parts(checkpoint), folder / RECORDED, calls=calls)
-
-
-def _prune(checkpoint: Checkpoint, ratio: float, recorded: Path, folder: Path) -> None:
+def _prune(checkpoint: Checkpoint, ratio: float, calls: Path, folder: Path) -> None:
     """In a child: the pruned part with its plan, and its cost in quality."""
     from edgesd.calibration.sets import open_set
     from edgesd.compress.prune import prune
@@ -99,7 +89,7 @@ def _prune(checkpoint: Checkpoint, ratio: float, recorded: Path, folder: Path) -
 
     with quiet():
         model = load_parts(checkpoint)
-        made = prune(model, ratio, open_set(recorded).calls(PART))
+        made = prune(model, ratio, open_set(calls).calls(PART))
         save_part(PART, checkpoint.parts[PART], made.module, folder)
         noted = {"pruned": {PART: made.plan.model_dump(mode="json")}}
         (folder / SIDECAR).write_text(json.dumps(noted), encoding="utf-8")

@@ -16,6 +16,7 @@ import numpy as np
 from edgesd.buildplan import BuildPlan, Planned
 from edgesd.compress.quantplan import QUANTIZED
 from edgesd.models.session import PART_OF
+from edgesd.recording import recorded
 from edgesd.runtime.session import Arrays, Session, Watched
 from edgesd.stages import key as stage_key
 
@@ -52,11 +53,11 @@ def prepare(plan: BuildPlan, workers: Workers, libraries: tuple[str, ...]) -> di
         return {}
     given, parts = plan.recipe.calibration, (plan.checkpoint.sha256, plan.checkpoint.spec, plan.recipe.seed)
     if given is None:
-        calls_key = stage_key("calibrate", *parts, libraries=libraries)
-        calls = workers.stage("calibration", plan.fp32_bytes, calls_key, record_calls, plan)
+        rows = CALLS_OF_LARGE if plan.params > LARGE_PARAMS else CALLS
+        calls_key, calls = recorded(plan, workers, rows, plan.recipe.seed)
     else:
         calls = _given(plan, Path(given))
-        calls_key = stage_key("calibrate", json.loads((calls / "calibration.json").read_text(encoding="utf-8")))
+        calls_key = stage_key("calibration", json.loads((calls / "calibration.json").read_text(encoding="utf-8")))
     made: dict[tuple[str, str], tuple[str, Path]] = {}
     for (component, precision), planned in wanted.items():
         gate = gate_db(plan.recipe.gate_db, component, plan.checkpoint.spec)
@@ -87,19 +88,6 @@ def _given(plan: BuildPlan, folder: Path) -> Path:
 # ---- in children ------------------------------------------------------------------------------------------------
 
 
-def record_calls(plan: BuildPlan, folder: Path) -> None:
-    """Samples the float model and keeps what every component was asked."""
-    from edgesd.calibration.capture import calibrate
-    from edgesd.models.load import load_parts, quiet
-
-    with quiet():
-        calls = CALLS_OF_LARGE if plan.params > LARGE_PARAMS else CALLS
-        calibrate(load_parts(plan.checkpoint), folder / "set", calls=calls, seed=plan.recipe.seed)
-    for path in (folder / "set").iterdir():
-        path.rename(folder / path.name)
-    (folder / "set").rmdir()
-
-
 def plan_component(plan: BuildPlan, planned: Planned, gate: float, calls: Path, folder: Path) -> None:
     """Writes the plan and the weights that go with it. Raises GateError, DataError as `quantizing.quantize`."""
     from safetensors.torch import save_file
@@ -112,17 +100,17 @@ def plan_component(plan: BuildPlan, planned: Planned, gate: float, calls: Path, 
     from edgesd.models.load import load_parts, quiet
     from edgesd.models.modules import build
 
-    name, recorded = planned.component, open_set(calls)
+    name, found = planned.component, open_set(calls)
     with quiet():
         model = load_parts(plan.checkpoint, None if name == "unet" else [PART_OF[name]])
         component = build(name, model.modules, model.spec, planned.axes.model_copy(update={"batch": 1}))
         macs = max(count(component.module, component.example).macs, 1)
         rows = 2 if name == "unet" else 1
-        chosen = recorded.calls(name, limit=max(8, min(CALLS, int(PASS_MACS / macs)) // rows))
+        chosen = found.calls(name, limit=max(8, min(CALLS, int(PASS_MACS / macs)) // rows))
         made = quantize(
             component, batches(name, chosen, model.spec), planned.axes.precision,  # type: ignore[arg-type]
             source_sha256=plan.checkpoint.sha256, gate_db=gate,
-            calibration=f"{len(chosen) * rows} rows of {recorded.info.runs} runs, {recorded.info.sampler}",
+            calibration=f"{len(chosen) * rows} rows of {found.info.runs} runs, {found.info.sampler}",
         )  # fmt: skip
         final = made.plan
         if name == "unet":

@@ -99,7 +99,7 @@ def test_floats_need_no_plan(checkpoint, able, tmp_path):
 
 def test_a_calibration_of_another_model_is_refused(prepared, able, tmp_path):
     _, workers, _ = prepared
-    recorded = next(p for p in workers.folder.iterdir() if p.name.startswith("calibrate"))
+    recorded = next(p for p in workers.folder.iterdir() if p.name.startswith("calibration"))
     other = tiny.folder("lcm", tmp_path / "other")
     with pytest.raises(RequestError, match="a calibration set of tiny"):
         quantstages.prepare(plan_for(other, tmp_path, calibration=str(recorded)), Direct(tmp_path), ())
