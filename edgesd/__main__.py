@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import sys
 
+from edgesd.errors import INTERRUPTED
+
 
 def main() -> None:
     """Entry point of the command line."""
@@ -12,7 +14,7 @@ def main() -> None:
 
         run()
     except KeyboardInterrupt:
-        print("edgesd: interrupted; nothing half-done was left behind", file=sys.stderr)
+        print(f"edgesd: {INTERRUPTED}", file=sys.stderr)
         sys.exit(130)
 
 

@@ -16,7 +16,7 @@ import typer
 
 from edgesd import verbs, verbs_training
 from edgesd.console import Device, Json, Model, Rng, Threads, pair, show
-from edgesd.errors import EdgesdError, RequestError
+from edgesd.errors import INTERRUPTED, EdgesdError, RequestError
 
 app = typer.Typer(
     name="edgesd",
@@ -26,8 +26,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-
-_INTERRUPTED = "interrupted; nothing half-done was left behind"
 
 
 @app.command()
@@ -337,13 +335,13 @@ def main() -> None:
     try:
         code = app(standalone_mode=False)
         if code == 130:  # typer catches Ctrl-C itself and returns this
-            _fail(_INTERRUPTED, 130)
+            _fail(INTERRUPTED, 130)
     except EdgesdError as error:
         code = _fail(str(error), error.exit_code)
     except typer.Exit as stop:
         code = stop.exit_code
     except (KeyboardInterrupt, typer.Abort):
-        code = _fail(_INTERRUPTED, 130)
+        code = _fail(INTERRUPTED, 130)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 0

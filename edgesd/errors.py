@@ -3,6 +3,8 @@
 Only `edgesd.cli` turns them into an exit; a library caller catches `EdgesdError` or one of its kinds.
 """
 
+INTERRUPTED = "interrupted; nothing half-done was left behind"  # what Ctrl-C ends with
+
 
 class EdgesdError(Exception):
     """Base of every deliberate error. `exit_code` is what the command line exits with.
