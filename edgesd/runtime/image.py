@@ -34,12 +34,15 @@ _MARGIN, _LINE, _CELL_WIDTH = 8, 15, 168
 
 
 def to_uint8(image: np.ndarray) -> np.ndarray:
-    """Model output [1,3,H,W] f32, about -1..1 -> picture [H,W,3] u8. Raises DataError if a value is not finite."""
+    """Model output [1,3,H,W] f32, about -1..1 -> picture [H,W,3] u8. Raises DataError if a value is not finite.
+
+    Rows lie in memory as they are read: safetensors writes the bytes of any other layout without a word.
+    """
     if not np.isfinite(image).all():
         fix = "Use a bundle of higher precision, or check the weights"
         raise DataError("the model drew numbers that are not finite", "finite values", fix)
     unit = np.clip(image[0].astype(np.float32) * np.float32(0.5) + np.float32(0.5), 0, 1)
-    return (unit.transpose(1, 2, 0) * np.float32(255)).round().astype(np.uint8)
+    return (unit.transpose(1, 2, 0) * np.float32(255)).round().astype(np.uint8, order="C")
 
 
 def to_float(image: np.ndarray) -> np.ndarray:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
+from safetensors.numpy import load, save
 
 from edgesd.errors import DataError, RequestError, SetupError
 from edgesd.manifest import LatentSpec
@@ -42,6 +43,12 @@ def test_conversion_equals_diffusers(processors):
 def test_bytes_survive_the_round_trip():
     every = np.arange(256, dtype=np.uint8).reshape(16, 16, 1).repeat(3, axis=2)
     assert (images.to_uint8(images.to_float(every)) == every).all()
+
+
+def test_a_picture_lies_in_memory_row_by_row_as_files_of_arrays_take_it():
+    drawn = images.to_uint8(np.random.RandomState(1).randn(1, 3, 20, 28).astype(np.float32))
+    assert drawn.flags.c_contiguous
+    assert (load(save({"picture": drawn}))["picture"] == drawn).all()
 
 
 def test_a_picture_that_is_not_finite_is_refused():
