@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 from torch import nn
 
+from edgesd.compress.frozen import Frozen, unreadable
 from edgesd.compress.groups import Group, cut, find_groups
 from edgesd.errors import DataError
 
@@ -15,11 +16,7 @@ MAX_UNITS = 1 << 20
 Unit = Annotated[int, Field(ge=0, lt=MAX_UNITS)]
 
 
-class _Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-
-
-class GroupPlan(_Frozen):
+class GroupPlan(Frozen):
     """One group. kept: units that stay, ascending. order: all units, the first to go in front.
 
     errors: the squared output error per call foreseen after each step of `order`.
@@ -40,7 +37,7 @@ class GroupPlan(_Frozen):
         return self
 
 
-class Size(_Frozen):
+class Size(Frozen):
     """Parameters, bytes in float32 and MACs per call of a component at its default size; seconds, where measured."""
 
     params: int
@@ -49,7 +46,7 @@ class Size(_Frozen):
     seconds: float | None = None
 
 
-class PrunePlan(_Frozen):
+class PrunePlan(Frozen):
     """What stays of a component and how that was decided; `before` and `after` are counted, not estimated."""
 
     component: str
@@ -70,12 +67,7 @@ class PrunePlan(_Frozen):
         try:
             return cls.model_validate(data)
         except ValidationError as error:
-            first = error.errors()[0]
-            where = ".".join(str(part) for part in first["loc"])
-            raise DataError(
-                f"the pruning plan does not parse ({where}: {first['msg'][:200]})", "what edgesd prune writes",
-                "Prune the model again",
-            ) from None  # fmt: skip
+            raise unreadable(error, "pruning plan", "prune", "Prune the model again") from None
 
     def off(self) -> dict[str, float]:
         """Share taken off of params, bytes and macs, and of seconds where they were measured."""

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
-from edgesd.errors import DataError
+from edgesd.compress.frozen import Frozen, unreadable
 from edgesd.manifest import Downgrade
 
 if TYPE_CHECKING:
@@ -23,18 +23,14 @@ Mode = Literal["int8", "w8", "float"]
 Kind = Literal["conv", "linear"]
 
 
-class _Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-
-
-class Scale(_Frozen):
+class Scale(Frozen):
     """A tensor's int8 grid: real = scale * (integer - zero_point), integers -128..127."""
 
     scale: float = Field(gt=0)
     zero_point: int = Field(ge=LOW, le=HIGH)
 
 
-class LayerPlan(_Frozen):
+class LayerPlan(Frozen):
     """One convolution or linear layer. name: its path within `Component.module` as `build` makes it.
 
     mode: what is done with it; why: the reason, for people. input, output: grids of its activations; an int8 layer has
@@ -59,14 +55,14 @@ class LayerPlan(_Frozen):
         return self
 
 
-class Sensitivity(_Frozen):
+class Sensitivity(Frozen):
     """What one step's output loses when only this layer is quantized, in dB against float (higher is better)."""
 
     name: str
     snr_db: float
 
 
-class QuantPlan(_Frozen):
+class QuantPlan(Frozen):
     """How a component is quantized. layers: every convolution and linear, in order of execution.
 
     precision: what was asked for. source_sha256: of the checkpoint; calibration: what the ranges were seen on.
@@ -82,7 +78,7 @@ class QuantPlan(_Frozen):
     sensitivities: tuple[Sensitivity, ...] = ()
     snr_db: float | None = None
     latents_snr_db: float | None = None
-    strengths: dict[str, float] = {}
+    strengths: dict[str, float] = Field(default_factory=dict)
 
     @model_validator(mode="after")
     def _distinct(self) -> QuantPlan:
@@ -96,12 +92,7 @@ class QuantPlan(_Frozen):
         try:
             return cls.model_validate_json(data)
         except ValidationError as error:
-            first = error.errors()[0]
-            where = ".".join(str(part) for part in first["loc"])
-            raise DataError(
-                f"the quantization plan does not parse ({where}: {first['msg'][:200]})", "what edgesd package writes",
-                "Package the model again",
-            ) from None  # fmt: skip
+            raise unreadable(error, "quantization plan", "package", "Package the model again") from None
 
     def share_int8(self) -> float:
         """The share of MACs of convolutions and linears that the plan computes in int8, 0..1."""

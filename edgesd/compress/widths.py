@@ -29,9 +29,10 @@ from torch import nn
 
 from edgesd.compress.calls import PARTS, Recorded, batches
 from edgesd.compress.evidence import collect
+from edgesd.compress.frozen import Frozen
 from edgesd.compress.groups import Group, cut, find_groups
 from edgesd.compress.importance import IMPORTANCE, curve
-from edgesd.compress.plan import GroupPlan, Size, _Frozen
+from edgesd.compress.plan import GroupPlan, Size
 from edgesd.compress.prune import MIN_CALLS, component_cost
 from edgesd.compress.restore import restore
 from edgesd.errors import DataError, RequestError
@@ -48,7 +49,7 @@ Width = Annotated[float, Field(gt=0, le=1)]
 Progress = Callable[[str, int, int], None]
 
 
-class Cost(_Frozen):
+class Cost(Frozen):
     """One width's size, counted on the module, and the share of the widest's MACs it takes off."""
 
     width: Width
@@ -56,7 +57,7 @@ class Cost(_Frozen):
     off: float
 
 
-class WidthPlan(_Frozen):
+class WidthPlan(Frozen):
     """Which units come first and what each width costs. order of a group: the most important unit in front."""
 
     component: str
