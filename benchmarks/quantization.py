@@ -3,31 +3,27 @@
 python benchmarks/quantization.py draw WORK [--captions N] [--only NAME …]   quantizes, then draws N captions with each
 python benchmarks/quantization.py report WORK                                docs/quantization.json, a sheet, a table
 
-WORK keeps what was made, and may be that of `pruning.py`, whose float pictures then serve both: a stopped run goes on,
-captions are drawn in blocks over all variants, a report over what is there is valid at any time. All variants run in
-OpenVINO's integer kernels but dynamic int8, which is onnxruntime's; the rest is float32. nncf is the opponent, on the
-same calls: `nncf.quantize` for transformers, and Intel's hybrid recipe (weights of linears, then convolutions).
+WORK keeps what was made, and may be that of `pruning.py`, whose float pictures then serve both: a stopped run goes on
+(`paired.py`). All variants run in OpenVINO's integer kernels but dynamic int8, which is onnxruntime's; the rest is
+float32. nncf is the opponent, on the same calls: `nncf.quantize` for transformers, and Intel's hybrid recipe (weights
+of linears, then convolutions).
 """
 
 from __future__ import annotations
 
-import argparse
 import json
-import sys
 import time
-from dataclasses import replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pruning as paired
+import paired
+from paired import FLOAT
 
-from edgesd.evaluate import bootstrap_interval
 from edgesd.files import write_whole
-from edgesd.runtime.image import contact_sheet, psnr_db, save_png
+from edgesd.runtime.image import contact_sheet, save_png
 from edgesd.runtime.session import Watched
-from edgesd.shapes.oracle import judge
 from edgesd.shapes.world import held_out_captions
 
 ROWS, CALLS, LEVELS = 2 * paired.TOGETHER, 96, 10
@@ -107,13 +103,13 @@ def convert(whole: Any) -> Any:
 
 def made(work: Path, name: str) -> Path:
     """The folder of a variant: its graph and facts, made now if they are not there."""
-    folder = work / "variants" / paired.slug(name)
-    if (folder / "facts.json").is_file():
-        return folder
+    return paired.made(work, name, partial(_make, work, name))
+
+
+def _make(work: Path, name: str, folder: Path) -> dict[str, Any]:
     import openvino as ov
 
     how, began = VARIANTS[name], time.perf_counter()
-    folder.mkdir(parents=True, exist_ok=True)
     facts: dict[str, Any] = {"how": how}
     if how.get("engine") == "onnxruntime dynamic":
         graph = _dynamic(component(work, None), folder)
@@ -131,10 +127,7 @@ def made(work: Path, name: str) -> Path:
         ov.save_model(graph, folder / "unet.xml", compress_to_fp16=False)
     facts["bytes"] = sum(p.stat().st_size for p in folder.glob("unet.*"))
     facts["seconds"] = round(time.perf_counter() - began, 1)
-    facts["levels_db"] = one_step(work, name, folder) if how else None
-    write_whole(folder / "facts.json", json.dumps(facts, indent=1).encode())
-    print(f"{name}: {facts}", flush=True)
-    return folder
+    return facts | {"levels_db": one_step(work, folder) if how else None}
 
 
 def _nncf(graph: Any, lots: list[Any], engine: str) -> Any:
@@ -203,18 +196,15 @@ class Dynamic(Watched):
         return (ROWS,) if component == "unet" else self._session.batches(component)
 
 
-def session(folder: Path, threads: int) -> Any:
-    from edgesd.sources import torch_pipeline
-
-    pipeline = torch_pipeline(paired.embedded())
+def opened(folder: Path, threads: int) -> Any:
     if (folder / "unet.onnx").is_file():
-        return replace(pipeline, session=Dynamic(pipeline.session, folder / "unet.onnx", threads))
-    return replace(pipeline, session=paired.Fast(pipeline.session, folder / "unet.xml", threads))
+        return paired.opened(folder / "unet.onnx", threads, Dynamic)
+    return paired.opened(folder / "unet.xml", threads)
 
 
-def one_step(work: Path, name: str, folder: Path) -> dict[str, float]:
+def one_step(work: Path, folder: Path) -> dict[str, float]:
     """Decibels of the UNet's output on held-out calls by noise level (tenths of the timesteps), and of all."""
-    run, truth = (session(one, 1).session.run for one in (folder, made(work, "float")))
+    run, truth = (opened(one, 1).session.run for one in (folder, made(work, FLOAT)))
     sums: dict[str, tuple[float, float]] = {}
     for lot in calls(work, seen=False):
         rows = {key: x.numpy() for key, x in lot.inputs.items()}
@@ -232,62 +222,17 @@ def one_step(work: Path, name: str, folder: Path) -> dict[str, float]:
     return {key: round(float(10 * np.log10(signal / noise)), 2) for key, (noise, signal) in sorted(sums.items())}
 
 
-def draw(work: Path, names: list[str], captions: int, threads: int, minutes: float) -> None:
-    until = time.monotonic() + 60 * minutes
-    for name in names:
-        if time.monotonic() > until:
-            sys.exit(paired.STOPPED)
-        made(work, name)
-    pipelines: dict[str, Any] = {}
-    for block in range(-(-captions // paired.BLOCK)):
-        texts = held_out_captions((block + 1) * paired.BLOCK)[block * paired.BLOCK :]
-        for name in names:
-            file = paired.block_file(work, name, block)
-            if file.is_file():
-                continue
-            if time.monotonic() > until:
-                sys.exit(paired.STOPPED)
-            if name not in pipelines:
-                pipelines[name] = session(made(work, name), threads)
-            began = time.perf_counter()
-            pictures = paired.drawn(pipelines[name], block * paired.BLOCK, paired.BLOCK)
-            right = [judge(picture, text).all for picture, text in zip(pictures, texts, strict=True)]
-            arrays = {"right": np.array(right)}
-            if name == "float" or (name in SHEET and block == 0):
-                arrays["pictures"] = np.stack(pictures)
-            if name != "float":
-                truth = np.load(paired.block_file(work, "float", block))["pictures"]
-                arrays["psnr_db"] = np.array([psnr_db(a, b) for a, b in zip(pictures, truth, strict=True)])
-            half = file.with_suffix(".half.npz")
-            np.savez_compressed(half, **arrays)
-            half.rename(file)
-            print(f"block {block} {name}: {np.mean(right):.3f} in {time.perf_counter() - began:.0f} s", flush=True)
-
-
 # ---- the report ------------------------------------------------------------------------------------------------
 
 
 def rows(work: Path) -> list[dict[str, Any]]:
     """Per variant: figures, and the paired difference to the float model over the captions it drew."""
-    base, found = paired.loaded(work, "float")["right"].astype(float), []
-    for name in VARIANTS:
-        measured = paired.loaded(work, name)
-        if not measured:
-            continue
-        facts = json.loads((work / "variants" / paired.slug(name) / "facts.json").read_text(encoding="utf-8"))
-        right = measured["right"].astype(float)
-        n = min(len(right), len(base))
-        row = {"name": name, "captions": n, "alignment": round(float(right[:n].mean()), 4)}
-        if name != "float":
-            row |= {
-                "keeps": round(float(right[:n].mean() / base[:n].mean()), 4),
-                "difference": round(float((right[:n] - base[:n]).mean()), 4),
-                "interval": paired.rounded(bootstrap_interval(right[:n] - base[:n])),
-                "psnr_db": round(float(measured["psnr_db"][:n].mean()), 2),
-                "one_step_db": facts["levels_db"]["all"],
-                "worst_level_db": min(facts["levels_db"].values()),
-                "levels_db": facts["levels_db"], "int8_macs": facts.get("int8_macs"), "bytes": facts["bytes"],
-            }  # fmt: skip
+    found = []
+    for name, row, facts in paired.rows(work, VARIANTS):
+        if name != FLOAT:
+            levels = facts["levels_db"]
+            row |= {"one_step_db": levels["all"], "worst_level_db": min(levels.values()), "levels_db": levels}
+            row |= {"int8_macs": facts.get("int8_macs"), "bytes": facts["bytes"]}
         found.append(row)
     return found
 
@@ -299,7 +244,7 @@ def table(found: list[dict[str, Any]]) -> str:
         "|---|---|---|---|---|---|---|---|",
     ]
     for r in found:
-        if r["name"] == "float":
+        if r["name"] == FLOAT:
             lines.append(f"| float | | {r['captions']:,} | {r['alignment']:.3f} | | | | |")
             continue
         low, high = r["interval"]
@@ -338,19 +283,13 @@ def report(work: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("verb", choices=("draw", "report"))
-    parser.add_argument("work", type=Path)
-    parser.add_argument("--captions", type=int, default=paired.CAPTIONS)
-    parser.add_argument("--only", nargs="+", choices=list(VARIANTS), default=list(VARIANTS))
-    parser.add_argument("--minutes", type=float, default=float("inf"), help="stop after these")
-    parser.add_argument("--threads", type=int, default=1)
-    given = parser.parse_args()
-    given.work.mkdir(parents=True, exist_ok=True)
+    given = paired.asked(__doc__, ("draw", "report"), list(VARIANTS), list(VARIANTS))
+    work = given.work
     if given.verb == "draw":
-        draw(given.work, list(dict.fromkeys(("float", *given.only))), given.captions, given.threads, given.minutes)
+        make, opener = partial(made, work), lambda name: opened(made(work, name), given.threads)
+        paired.draw(work, given.names, given.captions, given.minutes, make, opener, shown=SHEET)
     else:
-        report(given.work)
+        report(work)
 
 
 if __name__ == "__main__":
