@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,23 @@ FILES = {
     "tokenizer.json": b"{}",
     "samplers.safetensors": b"tables" * 9,
     "golden/golden.json": b"[]",
+}
+TOKENIZER = {
+    "file": "tokenizer.json",
+    "component": "text_encoder",
+    "max_length": 77,
+    "bos_id": 0,
+    "eos_id": 1,
+    "pad_id": 1,
+}
+MODEL: dict[str, Any] = {
+    "name": "small",
+    "family": "sd1",
+    "prediction_type": "epsilon",
+    "unet_in_channels": 4,
+    "latent": {"channels": 4, "downscale": 8, "scaling_factor": 0.18215},
+    "tokenizers": [TOKENIZER],
+    "defaults": {"sampler": "ddim", "steps": 4, "size_px": [16, 16]},
 }
 
 
@@ -46,26 +64,10 @@ def document(folder: Path) -> dict[str, Any]:
         "inputs": [_tensor("latents", 1, 4, 2, 2)],
         "outputs": [_tensor("image", 1, 3, 16, 16)],
     }
-    tokenizer = {
-        "file": "tokenizer.json",
-        "component": "text_encoder",
-        "max_length": 77,
-        "bos_id": 0,
-        "eos_id": 1,
-        "pad_id": 1,
-    }
     return {
         "format": "1.0",
         "target": "onnx-web",
-        "model": {
-            "name": "small",
-            "family": "sd1",
-            "prediction_type": "epsilon",
-            "unet_in_channels": 4,
-            "latent": {"channels": 4, "downscale": 8, "scaling_factor": 0.18215},
-            "tokenizers": [tokenizer],
-            "defaults": {"sampler": "ddim", "steps": 4, "size_px": [16, 16]},
-        },
+        "model": copy.deepcopy(MODEL),
         "components": [{"name": "unet", "variants": [unet]}, {"name": "vae_decoder", "variants": [decoder]}],
         "samplers": [{"name": "ddim", "file": "samplers.safetensors", "steps": [1, 4]}],
         "golden": "golden/golden.json",

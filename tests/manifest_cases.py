@@ -7,6 +7,8 @@ import copy
 import json
 from typing import Any
 
+from bundles import MODEL
+
 from edgesd.manifest import MAX_BUNDLE_BYTES, MAX_MANIFEST_BYTES, MAX_VALUES
 
 # What Python's message says, by the kind of reason a case names.
@@ -26,24 +28,7 @@ _SHA = "0" * 64
 BASE: dict[str, Any] = {
     "format": "1.0",
     "target": "tflite",
-    "model": {
-        "name": "small",
-        "family": "sd1",
-        "prediction_type": "epsilon",
-        "unet_in_channels": 4,
-        "latent": {"channels": 4, "downscale": 8, "scaling_factor": 0.18215},
-        "tokenizers": [
-            {
-                "file": "tokenizer.json",
-                "component": "text_encoder",
-                "max_length": 77,
-                "bos_id": 0,
-                "eos_id": 1,
-                "pad_id": 1,
-            }
-        ],
-        "defaults": {"sampler": "ddim", "steps": 4, "size_px": [16, 16]},
-    },
+    "model": MODEL,
     "components": [
         {
             "name": "unet",

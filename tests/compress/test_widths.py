@@ -1,13 +1,12 @@
 """Nested widths: the same outputs in another order, narrow inside wide, corrections of four bits, and disk."""
 
-import numpy as np
 import pytest
 import tiny
 import torch
+from compress_inputs import guided_calls
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edgesd.calibration.sets import Call
 from edgesd.compress import widths
 from edgesd.compress.calls import batches
 from edgesd.compress.groups import find_groups
@@ -22,14 +21,7 @@ def model(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def calls():
-    rng = np.random.default_rng(0)
-    normal = lambda *shape: rng.standard_normal(shape).astype(np.float32)  # noqa: E731
-    made = []
-    for row in range(24):
-        inputs = {"sample": normal(2, 4, 8, 8), "timestep": np.array([980.0 - 40 * row], np.float32),
-                  "encoder_hidden_states": normal(2, tiny.TOKENS, tiny.TEXT)}  # fmt: skip
-        made.append(Call("unet", inputs, weight=1 - row / 24, guidance=4.0, row=row, target=normal(4, 8, 8)))
-    return made
+    return guided_calls()
 
 
 @pytest.fixture(scope="module", params=widths.MODES)

@@ -2,14 +2,13 @@
 
 import json
 import random
-from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from token_cases import PIECES, SHAPES
 
-import edgesd
 from edgesd.errors import DataError, RequestError
 from edgesd.manifest import TokenizerSpec
 from edgesd.runtime.tokenizer import (
@@ -20,42 +19,7 @@ from edgesd.runtime.tokenizer import (
     parse_weights,
 )
 
-FOLDER = Path(edgesd.__file__).parent / "models" / "shapes" / "tokenizer"
-WORDS = [
-    "a",
-    "red",
-    "Circle",
-    "left of",
-    "42",
-    "don't",
-    "it'll",
-    "é",
-    "e\u0301",
-    "naïve",
-    "中文",
-    "日本語",
-    "😀",
-    "x!?",
-    "!",
-]
-WORDS += [
-    "👩\u200d🚀",
-    "  ",
-    "\n\t",
-    "...",
-    "ÀÉ",
-    "ß",
-    "İ",
-    "_",
-    "<|endoftext|>",
-    "3.14",
-    "\u200b",
-    "عربي",
-    "ﬁ",
-    "Ａ",
-    "\x00",
-]
-WORDS += ["<|ENDOFTEXT|>", "<|startoftext|>x"]
+FOLDER = SHAPES.parent
 
 
 def spec(pad_id: int = 614, max_length: int = 24) -> TokenizerSpec:
@@ -66,7 +30,7 @@ def spec(pad_id: int = 614, max_length: int = 24) -> TokenizerSpec:
 
 def prompts(count: int) -> list[str]:
     rng = random.Random(5)
-    return ["", " "] + [rng.choice(("", " ")).join(rng.choices(WORDS, k=rng.randint(1, 40))) for _ in range(count - 2)]
+    return ["", " "] + [rng.choice(("", " ")).join(rng.choices(PIECES, k=rng.randint(1, 40))) for _ in range(count - 2)]
 
 
 @pytest.fixture(scope="module")
