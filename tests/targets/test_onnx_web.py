@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import lowered
 import numpy as np
 import onnx
 import pytest
@@ -12,8 +13,6 @@ from edgesd.errors import DataError, RequestError
 from edgesd.manifest import Axes
 from edgesd.models.modules import build
 
-FLOORS_DB = {"fp32": 90, "fp16": 45}
-
 
 @pytest.fixture(scope="module")
 def target():
@@ -22,30 +21,16 @@ def target():
 
 @pytest.fixture(scope="module", params=["fp32", "fp16"])
 def embedded(request, target, tmp_path_factory):
-    """(precision, folder, manifest, components) of the embedded model, each component lowered once."""
-    folder = tmp_path_factory.mktemp(request.param)
-    parts, facts = tiny.embedded()
-    axes = Axes(size_px=facts.defaults.size_px, precision=request.param)
-    return request.param, folder, *tiny.lower_all(target, folder, parts, facts, axes)
+    return lowered.embedded(target, request.param, tmp_path_factory.mktemp(request.param))
 
 
 @pytest.fixture(scope="module")
 def small(target, tmp_path_factory):
-    """(folder, manifest, components) of a tiny text encoder and decoder, for what does not depend on the model."""
-    folder = tmp_path_factory.mktemp("small")
-    names = ("text_encoder", "vae_decoder")
-    return folder, *tiny.lower_all(target, folder, tiny.modules(), tiny.spec(), Axes(size_px=tiny.SIZE_PX), names)
+    return lowered.small(target, tmp_path_factory.mktemp("small"))
 
 
 def test_every_component_of_the_embedded_model_meets_its_floor(embedded, target):
-    precision, folder, manifest, components = embedded
-    session = target.open(folder, manifest, threads=1)
-    for name, (inputs, truth) in tiny.real_calls(components).items():
-        got = session.run(name, inputs)
-        assert set(got) == set(truth)
-        for key in truth:
-            assert got[key].dtype == np.float32
-            assert tiny.snr_db(truth[key], got[key]) >= FLOORS_DB[precision], (name, key)
+    lowered.check_floors(target, *embedded)
 
 
 def test_files_are_self_contained_and_name_no_path_of_the_machine_that_made_them(embedded):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import lowered
 import numpy as np
 import pytest
 import tiny
@@ -10,8 +11,6 @@ from edgesd import targets
 from edgesd.errors import DataError, RequestError, SetupError
 from edgesd.manifest import Axes
 from edgesd.models.modules import build
-
-FLOORS_DB = {"fp32": 90, "fp16": 45}
 
 
 @pytest.fixture(scope="module")
@@ -36,29 +35,16 @@ def converting_once(target):
 
 @pytest.fixture(scope="module", params=["fp16", "fp32"])
 def embedded(request, target, converting_once, tmp_path_factory):
-    """(precision, folder, manifest, components) of the embedded model, each component lowered once."""
-    folder = tmp_path_factory.mktemp(request.param)
-    parts, facts = tiny.embedded()
-    axes = Axes(size_px=facts.defaults.size_px, precision=request.param)
-    return request.param, folder, *tiny.lower_all(target, folder, parts, facts, axes)
+    return lowered.embedded(target, request.param, tmp_path_factory.mktemp(request.param))
 
 
 @pytest.fixture(scope="module")
 def small(target, tmp_path_factory):
-    """(folder, manifest, components) of a tiny text encoder and decoder, for what does not depend on the model."""
-    folder = tmp_path_factory.mktemp("small")
-    axes = Axes(size_px=tiny.SIZE_PX, precision="fp16")
-    return folder, *tiny.lower_all(target, folder, tiny.modules(), tiny.spec(), axes, ("text_encoder", "vae_decoder"))
+    return lowered.small(target, tmp_path_factory.mktemp("small"), precision="fp16")
 
 
 def test_every_component_of_the_embedded_model_meets_its_floor(embedded, target):
-    precision, folder, manifest, components = embedded
-    session = target.open(folder, manifest, threads=1)
-    for name, (inputs, truth) in tiny.real_calls(components).items():
-        got = session.run(name, inputs)
-        assert set(got) == set(truth)
-        for key in truth:
-            assert tiny.snr_db(truth[key], got[key]) >= FLOORS_DB[precision], (name, key)
+    lowered.check_floors(target, *embedded)
 
 
 def test_float16_weights_halve_the_file_and_keep_the_timestep(embedded, target):
