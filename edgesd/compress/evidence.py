@@ -90,7 +90,7 @@ def _pieces(module: nn.Module, group: Group) -> list[torch.Tensor]:
 
 def _layout(weight: torch.Tensor, sums: Moments) -> torch.Tensor:
     """A weight [out, in, ...] as [outputs, columns]; on channels, every tap counts as an output of its own."""
-    if len(sums.x) == weight[0].numel():
+    if sums.columns == weight[0].numel():
         return weight.flatten(1)
     return weight.flatten(2).transpose(1, 2).flatten(0, 1)
 

@@ -47,7 +47,7 @@ def l2(evidence: Evidence) -> torch.Tensor:
 
 def wanda(evidence: Evidence) -> torch.Tensor:
     """Sum of |W| |x| over the consumer's columns of a unit (Sun et al. 2024, made structured)."""
-    scale = (evidence.moments.gram.diagonal() / evidence.moments.weight).sqrt()
+    scale = evidence.moments.second().diagonal().sqrt()
     return evidence.by_unit(evidence.weight.abs().sum(0) * scale).sum(-1)
 
 
@@ -147,7 +147,7 @@ def _unit_columns(units: Sequence[int], size: int) -> torch.Tensor:
 def _unrestored(evidence: Evidence, order: list[int], centred: bool) -> Curve:
     """Cost when nothing compensates, or the mean alone does: tr(W_R M_RR W_R^T)."""
     group, weight, sums = evidence.group, evidence.weight, evidence.moments
-    second = sums.covariance() if centred else sums.gram.double() / sums.weight
+    second = sums.covariance() if centred else sums.second()
     size = weight.shape[1] // group.units
     lost = torch.zeros_like(weight)
     errors: list[float] = []

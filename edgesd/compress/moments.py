@@ -82,33 +82,56 @@ def require_finite(name: str, *tensors: torch.Tensor) -> None:
 class Moments:
     """Sums over rows of 1, x, x x^T, and with targets y, x y^T; float32, as long as the calls are few millions of rows.
 
+    x and y are counted from the mean of the first rows (`origin`): a column that hardly varies about a large mean, such
+    as a head that attends to everything alike, would be lost in the rounding of its squares.
     Memory: inputs^2 floats. SD 1.5's widest layer has 11,520 unfolded inputs: 0.5 GB, and twice 1.1 GB while solved.
     """
 
     def __init__(self, inputs: int, outputs: int = 0) -> None:
-        self.gram, self.x = torch.zeros(inputs, inputs), torch.zeros(inputs)
-        self.cross, self.y = torch.zeros(inputs, outputs), torch.zeros(outputs)
+        self._gram, self._x = torch.zeros(inputs, inputs), torch.zeros(inputs)
+        self._cross, self._y = torch.zeros(inputs, outputs), torch.zeros(outputs)
+        self._origin: tuple[torch.Tensor, torch.Tensor] | None = None
         self.weight, self.rows = 0.0, 0
+
+    @property
+    def columns(self) -> int:
+        return len(self._x)
 
     def add(self, one: torch.Tensor, x: torch.Tensor, y: torch.Tensor | None = None) -> None:
         """Rows scaled by the root of their weight: one [N, 1] is what 1 became, x [N, inputs], y [N, outputs]."""
-        self.gram.addmm_(x.T, x)
-        self.x.addmv_(x.T, one[:, 0])
+        if self._origin is None:
+            total = one.square().sum().clamp_min(1e-30)
+            self._origin = (x.T @ one[:, 0]) / total, self._y if y is None else (y.T @ one[:, 0]) / total
+        x = x - one * self._origin[0]
+        self._gram.addmm_(x.T, x)
+        self._x.addmv_(x.T, one[:, 0])
         self.weight += float(one.square().sum())
         self.rows += len(x)
         if y is not None:
-            self.cross.addmm_(x.T, y)
-            self.y.addmv_(y.T, one[:, 0])
+            y = y - one * self._origin[1]
+            self._cross.addmm_(x.T, y)
+            self._y.addmv_(y.T, one[:, 0])
+
+    def mean(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Of x [inputs] and y [outputs], float64."""
+        x, y = (0, 0) if self._origin is None else (origin.double() for origin in self._origin)
+        return self._x.double() / self.weight + x, self._y.double() / self.weight + y
 
     def covariance(self) -> torch.Tensor:
         """Mean of (x - mean)(x - mean)^T per unit of weight, float64."""
-        mean = self.x.double() / self.weight
-        return (self.gram.double() / self.weight).addr_(mean, mean, alpha=-1)
+        drift = self._x.double() / self.weight
+        return (self._gram.double() / self.weight).addr_(drift, drift, alpha=-1)
+
+    def second(self) -> torch.Tensor:
+        """Mean of x x^T per unit of weight, float64."""
+        mean = self.mean()[0]
+        return self.covariance().addr_(mean, mean)
 
     def solve(self, ridge: float) -> tuple[torch.Tensor, torch.Tensor]:
         """D [outputs, inputs], b [outputs], float64, that minimise |y - D x - b|^2 + ridge * mean diagonal * |D|^2."""
-        mean_x, mean_y = self.x.double() / self.weight, self.y.double() / self.weight
-        cross = (self.cross.double() / self.weight).addr_(mean_x, mean_y, alpha=-1)
+        mean_x, mean_y = self.mean()
+        drift_x, drift_y = self._x.double() / self.weight, self._y.double() / self.weight
+        cross = (self._cross.double() / self.weight).addr_(drift_x, drift_y, alpha=-1)
         solved = torch.cholesky_solve(cross, factor(self.covariance(), ridge))
         return solved.T, mean_y - mean_x @ solved
 

@@ -96,7 +96,7 @@ def _correct(
             change[:, :, layer.weight.shape[2] // 2, layer.weight.shape[3] // 2] = delta.float()
         layer.weight = _frozen(layer.weight + change)
     else:
-        shift = (sums.y / sums.weight).double()
+        shift = sums.mean()[1]
     layer.bias = _frozen(shift.float() if layer.bias is None else layer.bias + shift.float())
 
 
