@@ -17,6 +17,8 @@ import torch
 from edgesd.compress.evidence import Evidence
 from edgesd.compress.moments import RIDGE, factor
 
+SHRINK = 0.8  # of a group's columns left: then the matrices shrink to them
+
 
 @dataclass(frozen=True)
 class Curve:
@@ -110,15 +112,15 @@ def _restored(evidence: Evidence, order: list[int] | None, ridge: float) -> Curv
     group, weight = evidence.group, evidence.weight.clone()
     inverse = torch.cholesky_inverse(factor(evidence.moments.covariance(), ridge))
     size = weight.shape[1] // group.units
-    left = list(range(group.units))
+    here = list(range(group.units))  # units whose columns the matrices hold
+    left = list(range(group.units))  # places in `here` that are not gone
     gone: list[int] = []
     errors: list[float] = []
     while len(left) > group.step:
-        pick = (
-            order[len(gone) : len(gone) + group.step]
-            if order is not None
-            else _cheapest(inverse, weight, left, size, group.step)
-        )
+        if order is None:
+            pick = _cheapest(inverse, weight, left, size, group.step)
+        else:
+            pick = [here.index(unit) for unit in order[len(gone) : len(gone) + group.step]]
         columns = _unit_columns(pick, size)
         block, removed = inverse[columns][:, columns], weight[:, columns]
         share = torch.linalg.solve(block, removed.T)
@@ -126,9 +128,13 @@ def _restored(evidence: Evidence, order: list[int] | None, ridge: float) -> Curv
         across = inverse[:, columns]
         weight -= (across @ share).T
         inverse -= across @ torch.linalg.solve(block, across.T)
-        gone += pick
-        left = [unit for unit in left if unit not in set(pick)]
-    rest = left if order is None else order[len(gone) :]
+        gone += [here[place] for place in pick]
+        left = [place for place in left if place not in set(pick)]
+        if len(left) <= SHRINK * len(here):  # what is gone is zero from here on
+            columns = _unit_columns(left, size)
+            inverse, weight = inverse[columns][:, columns], weight[:, columns]
+            here, left = [here[place] for place in left], list(range(len(left)))
+    rest = [here[place] for place in left] if order is None else order[len(gone) :]
     return Curve((*gone, *rest), tuple(e * evidence.positions for e in errors))
 
 
