@@ -94,9 +94,13 @@ def _pyplot(path: Path) -> Any:
 
 
 def _save(plt: Any, figure: Any, path: Path) -> None:
+    """In a palette, which is all that a chart needs: a third of the bytes."""
     from io import BytesIO
 
-    buffer = BytesIO()
-    figure.savefig(buffer, format="png", dpi=110)
+    from PIL import Image
+
+    drawn, packed = BytesIO(), BytesIO()
+    figure.savefig(drawn, format="png", dpi=110)
     plt.close(figure)
-    write_whole(path, buffer.getvalue())
+    Image.open(drawn).convert("RGB").quantize(256).save(packed, "PNG", optimize=True)
+    write_whole(path, packed.getvalue())
