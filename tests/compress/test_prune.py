@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from compress_inputs import guided_calls
 from torch import nn
 
-from edgesd.calibration.sets import Call
 from edgesd.compress import evidence as evidence_module
 from edgesd.compress import latency, moments
 from edgesd.compress.allocate import allocate
@@ -33,18 +33,7 @@ def model(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def calls():
-    """Made-up calls, less noisy from one to the next."""
-    rng = np.random.default_rng(0)
-    normal = lambda *shape: rng.standard_normal(shape).astype(np.float32)  # noqa: E731
-    made = []
-    for row in range(24):
-        sample = normal(1, 4, 8, 8)
-        inputs = {
-            "sample": np.concatenate([sample, sample]), "timestep": np.array([980.0 - 40 * row], np.float32),
-            "encoder_hidden_states": normal(2, tiny.TOKENS, tiny.TEXT),
-        }  # fmt: skip
-        made.append(Call("unet", inputs, weight=1 - row / 24, guidance=4.0, row=row, target=normal(4, 8, 8)))
-    return made
+    return guided_calls()
 
 
 def error(model, module, calls):
