@@ -72,7 +72,9 @@ class _Lane(threading.Thread):
         self.go.acquire()
         if self.leave:
             raise _Left
-        return self.halt.x
+        x = self.halt.x
+        del self.halt.x  # whoever still holds the halt does not hold the tensor
+        return x
 
 
 _here = threading.local()

@@ -12,6 +12,7 @@ call counts the row that guidance makes of the two halves (`Batch.mixed`), becau
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -44,7 +45,7 @@ def restore(
     once something before them is gone. Raises DataError for activations that are not finite.
     """
     consumers = {g.consumer: g for g in groups}
-    watched = {g.residual for g in groups if g.residual}
+    watched = Counter(g.residual for g in groups if g.residual)
     lanes = [(module, batch.forward) for batch in batches for module in (dense, pruned)]
     begun = False
     for done, halts in enumerate(lockstep(lanes, consumers.keys(), watched)):
@@ -59,6 +60,10 @@ def restore(
             left = set(kept[group.name])
             gone = group.channels([unit for unit in range(group.units) if unit not in left])
             _correct(dense, pruned, group, gone, halts, batches, method, ridge)
+        watched[group.residual] -= 1
+        if not watched[group.residual]:
+            for halt in halts:
+                halt.seen.pop(group.residual, None)  # a lane would keep it to its end
         progress(done + 1, len(consumers))
 
 
