@@ -74,9 +74,10 @@ class CalibrationSet:
     folder: Path
     info: CaptureInfo
 
-    def calls(self, component: str = "unet", limit: int | None = None) -> list[Call]:
+    def calls(self, component: str = "unet", limit: int | None = None, rows: int | None = None) -> list[Call]:
         """The calls of a component in the order of recording; limit: that many, evenly from all rows and then runs.
 
+        rows: the limit in rows, of which a UNet's call under guidance has two.
         Raises RequestError for a component that was not recorded, DataError for a broken shard.
         """
         found = [
@@ -86,6 +87,8 @@ class CalibrationSet:
             raise RequestError(
                 f"no calls of {component!r} in {self.folder.name}", ", ".join(COMPONENTS), "Choose another"
             )
+        if rows is not None:
+            limit = max(1, rows // (len(found[0].inputs["sample"]) if component == "unet" else 1))
         if limit is None or limit >= len(found):
             return found
         # By row first: an even stride over runs of equal length would meet the same few rows again and again.

@@ -10,7 +10,7 @@ import json
 import math
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from edgesd import devices, memory, narrowing, pruning, targets
 from edgesd.errors import RequestError
@@ -91,7 +91,15 @@ class BuildPlan:
     @property
     def peak_bytes(self) -> int:
         """Of the largest process, predicted."""
-        return max(self.reference_peak_bytes, *(p.peak_bytes for p in self.artefacts))
+        return max(peak for _, peak in memory.processes(self))
+
+    @property
+    def pruning_peak_bytes(self) -> int:
+        """Of the process that prunes the UNet, predicted."""
+        spec, config = self.checkpoint.spec, _unet_config(self.checkpoint)
+        values = pruning.fitting_calls(self.dense_unet_params, spec) * pruning.latent_positions(spec)
+        channels = config["block_out_channels"][0]
+        return memory.pruning_peak(self.params, self.dense_unet_params, values * channels)
 
 
 def make_plan(recipe: Recipe, checkpoint: Checkpoint, output: Path) -> BuildPlan:
@@ -150,8 +158,11 @@ def _sized(checkpoint: Checkpoint, recipe: Recipe) -> Checkpoint:
 
 
 def _downs(checkpoint: Checkpoint) -> int:
-    config = json.loads((checkpoint.parts["unet"] / "config.json").read_text(encoding="utf-8"))
-    return len(config["block_out_channels"])
+    return len(_unet_config(checkpoint)["block_out_channels"])
+
+
+def _unet_config(checkpoint: Checkpoint) -> dict[str, Any]:
+    return json.loads((checkpoint.parts["unet"] / "config.json").read_text(encoding="utf-8"))
 
 
 def _axes(component: str, recipe: Recipe, target: Target, size_px: tuple[int, int]) -> list[Axes]:

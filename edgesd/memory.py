@@ -24,6 +24,9 @@ PEAK_FACTOR = {"onnx-web": 2.8, "openvino": 2.4, "tflite": 3.4, "coreml": 4.5}
 LIBRARIES_BYTES = {"onnx-web": 900 << 20, "openvino": 900 << 20, "tflite": 1600 << 20, "coreml": 1000 << 20}
 REFERENCE_BYTES = 700 << 20  # torch, diffusers
 PIXEL_BYTES = 4096  # what a full VAE's activations take for each pixel of the picture
+# What pruning keeps side by side, for each recorded UNet row, latent position and channel of the first block: with 480
+# rows of the embedded model it took 2.6 GiB in all.
+LANE_BYTES = 245
 OWN_BYTES = 500 << 20  # this process beside its children: configs read, shapes counted
 GIB = 1 << 30
 
@@ -44,6 +47,12 @@ def reference_peak(params: int, stored_bytes: int, pixels: int) -> int:
     return REFERENCE_BYTES + params * 4 + stored_bytes + PIXEL_BYTES * pixels
 
 
+def pruning_peak(params: int, unet_params: int, values: int) -> int:
+    """The same of the process that prunes a UNet. params: of the whole model; values: recorded rows x latent positions
+    x channels of the first block."""
+    return REFERENCE_BYTES + 4 * (params + unet_params) + LANE_BYTES * values
+
+
 def fit(plan: BuildPlan) -> BuildPlan:
     """The plan as it is made within its recipe's max_ram_bytes; itself without one, or where it fits.
 
@@ -56,7 +65,7 @@ def fit(plan: BuildPlan) -> BuildPlan:
         if needed(smaller) <= limit:
             return smaller
     least = min(map(needed, _smaller(plan, 0)))
-    what, peak = max(_processes(replace(plan, one_at_a_time=True)), key=lambda process: process[1])
+    what, peak = max(processes(replace(plan, one_at_a_time=True)), key=lambda process: process[1])
     raise RequestError(
         f"{what} takes about {(peak + OWN_BYTES) / GIB:.1f} GiB to package for {plan.recipe.target} (predicted)",
         f"--max-ram of {limit / GIB:.1f} GiB",
@@ -69,7 +78,10 @@ def needed(plan: BuildPlan) -> int:
     return OWN_BYTES + plan.peak_bytes
 
 
-def _processes(plan: BuildPlan) -> Iterator[tuple[str, int]]:
+def processes(plan: BuildPlan) -> Iterator[tuple[str, int]]:
+    """What each process of a build is for, and the bytes it holds at most, predicted; int8's plans are not in it."""
+    if plan.recipe.prune is not None:
+        yield "pruning the UNet", plan.pruning_peak_bytes
     yield "the float32 reference", plan.reference_peak_bytes
     for planned in plan.artefacts:
         yield f"{planned.component} {planned.axes.precision}", planned.peak_bytes

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +22,7 @@ from edgesd.stages import key as stage_key
 
 if TYPE_CHECKING:
     from edgesd.buildplan import BuildPlan
+    from edgesd.manifest import ModelSpec
     from edgesd.models.load import Checkpoint, LoadedModel
     from edgesd.recipe import Recipe
     from edgesd.runtime.settings import Settings
@@ -28,13 +30,25 @@ if TYPE_CHECKING:
 
 PART = "unet"
 FACTS = "pruning.json"
-# Recorded UNet rows: what the embedded model's figures rest on, and what a UNet of SD 1.5's size has time for.
+# Recorded UNet rows: what the embedded model's figures rest on, what a UNet of SD 1.5's size has time for, and the
+# latent positions that fit in memory side by side (64 rows of 256 px pictures, 16 of 512 px).
 CALLS, FEWER_CALLS, BIG_PARAMS = 480, 64, 100_000_000
+LATENTS, LEAST_CALLS = 64 * 32 * 32, 16
 
 
 def calls_for(unet_params: int) -> int:
-    """UNet rows to record for pruning a model of this size."""
+    """UNet rows to record of a model of this size."""
     return CALLS if unet_params < BIG_PARAMS else FEWER_CALLS
+
+
+def fitting_calls(unet_params: int, spec: ModelSpec) -> int:
+    """Of them, those to prune with: as many as memory holds side by side."""
+    return min(calls_for(unet_params), max(LEAST_CALLS, LATENTS // latent_positions(spec)))
+
+
+def latent_positions(spec: ModelSpec) -> int:
+    """Of one picture of the default size."""
+    return math.prod(side // spec.latent.downscale for side in spec.defaults.size_px)
 
 
 def check(checkpoint: Checkpoint, recipe: Recipe) -> None:
@@ -64,7 +78,7 @@ def pruned(plan: BuildPlan, workers: Workers) -> tuple[BuildPlan, dict[str, Any]
     ratio, checkpoint = plan.recipe.prune, plan.checkpoint
     if ratio is None:
         return plan, {}
-    calls_key, calls = recorded(plan, workers, calls_for(plan.dense_unet_params))
+    calls_key, calls = recorded(plan, workers, fitting_calls(plan.dense_unet_params, checkpoint.spec))
     made_key = stage_key("prune", calls_key, ratio, libraries=LIBRARIES)
     made = workers.stage(f"prune {ratio:g}", plan.fp32_bytes, made_key, _prune, checkpoint, ratio, calls)
     told = json.loads((made / FACTS).read_text(encoding="utf-8"))

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from edgesd.console import progress
 from edgesd.errors import RequestError
+from edgesd.pruning import PART, calls_for, fitting_calls
 from edgesd.sheet import Section, Sheet
 
 if TYPE_CHECKING:
@@ -22,9 +23,10 @@ def calibrate_model(
     from edgesd.models.load import load
 
     loaded = load(model)
+    calls = calls if calls is not None else calls_for(_unet_params(loaded))
     with progress() as tick:
         made = calibrate(
-            loaded, out, calls=calls_of(loaded, calls), prompts=prompts, sampler=sampler, steps=steps,
+            loaded, out, calls=calls, prompts=prompts, sampler=sampler, steps=steps,
             guidance=guidance, seed=seed, progress=lambda done, total: tick("sampling runs", done, total),
         )  # fmt: skip
     size = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
@@ -50,7 +52,7 @@ def prune_model(
     if out.exists():
         raise RequestError(f"{out} exists", "a new folder", "Choose another -o")
     loaded = load(model)
-    calls = calls_of(loaded, calls)
+    calls = calls if calls is not None else fitting_calls(_unet_params(loaded), loaded.spec)
     with progress() as tick, tempfile.TemporaryDirectory() as scratch:
         if calibration is None:
             recorded = calibrate(
@@ -62,8 +64,9 @@ def prune_model(
         else:
             recorded = open_set(calibration)
         recorded.require(loaded)
+        used = recorded.calls(component, rows=calls)
         made = prune(
-            loaded, ratio, recorded.calls(component, calls), out, component=component, importance=importance,
+            loaded, ratio, used, out, component=component, importance=importance,
             restoration=restoration, allocation=allocation, budget=budget, target=target,  # type: ignore[arg-type]
             protect=protect, progress=tick,
         )  # fmt: skip
@@ -75,20 +78,18 @@ def prune_model(
     note = (
         f"{out}: {off['macs']:.1%} of the MACs and {off['params']:.1%} of the parameters off "
         + (f"and {off['seconds']:.1%} of a call's time on {target} (measured) " if "seconds" in off else "")
-        + f"(chart: {out / 'pruning.png'})\n"
+        + f"by {len(used)} recorded calls (chart: {out / 'pruning.png'})\n"
         f"Next: edgesd evaluate -m {out} --against {loaded.source}; edgesd package {out} --target all"
     )
     data = {
         "folder": str(out),
         "component": component,
+        "calls": len(used),
         "off": {name: round(share, 5) for name, share in off.items()},
         "kinds": {kind: {"kept": kept, "whole": whole} for kind, (kept, whole) in plan.by_kind().items()},
     }
     return Sheet(data, (Section("What stays", ("kind", "channels", "kept", "off"), rows, note),))
 
 
-def calls_of(model: LoadedModel, asked: int | None) -> int:
-    """Recorded UNet rows: as asked, else what a model of this size has time for."""
-    from edgesd.pruning import PART, calls_for
-
-    return asked if asked is not None else calls_for(sum(p.numel() for p in model.modules[PART].parameters()))
+def _unet_params(model: LoadedModel) -> int:
+    return sum(p.numel() for p in model.modules[PART].parameters())

@@ -108,3 +108,14 @@ def test_it_holds_one_part_at_a_time(tmp_path, monkeypatch):
     pipeline = sources.torch_pipeline(checkpoint)
     record(pipeline, settings_for(checkpoint.spec, {"euler": (2, 2)}))
     assert len(held) >= 3
+
+
+def test_pruning_counts_and_a_limit_below_it_is_refused_with_what_takes_so_much(plan):
+    whole, pruned = plan("openvino", precision="fp16"), plan("openvino", precision="fp16", prune=0.25)
+    assert memory.needed(pruned) > memory.needed(whole)
+    assert memory.needed(pruned) == memory.OWN_BYTES + pruned.pruning_peak_bytes
+    limit = memory.needed(pruned) - 1
+    with pytest.raises(RequestError, match=r"pruning the UNet takes about .* GiB.*Allow"):
+        memory.fit(plan("openvino", precision="fp16", prune=0.25, max_ram_bytes=limit))
+    roomy = plan("openvino", precision="fp16", prune=0.25, max_ram_bytes=limit + 1)
+    assert memory.fit(roomy) is roomy

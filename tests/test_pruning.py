@@ -107,3 +107,14 @@ def test_a_pruned_checkpoint_is_not_pruned_again(source, tmp_path):
 def test_inspect_refuses_what_edgesd_did_not_write(broken):
     with pytest.raises(DataError, match=r"quality\.pruned"):
         inspection._pruned(broken)
+
+
+@pytest.mark.parametrize(
+    ("params", "side_px", "rows"),
+    [(12_000_000, 128, 20), (860_000_000, 256, 64), (860_000_000, 512, 16), (2_600_000_000, 1024, 16)],
+)
+def test_rows_to_prune_with_are_as_many_as_memory_holds_side_by_side(params, side_px, rows):
+    spec = tiny.spec()
+    defaults = spec.defaults.model_copy(update={"size_px": (side_px, side_px)})
+    latent = spec.latent.model_copy(update={"downscale": 8})
+    assert pruning.fitting_calls(params, spec.model_copy(update={"defaults": defaults, "latent": latent})) == rows

@@ -49,7 +49,7 @@ def test_calls_are_what_sampling_made(model, recorded):
 def test_every_component_is_recorded(recorded):
     for component in COMPONENTS:
         assert recorded.calls(component)
-    assert len(recorded.calls("unet", limit=2)) == 2
+    assert len(recorded.calls("unet", limit=2)) == len(recorded.calls("unet", rows=4)) == 2  # guided: two rows a call
     with pytest.raises(RequestError, match="no calls"):
         recorded.calls("text_encoder_2")
 
