@@ -41,10 +41,10 @@ FACTS = "facts.json"
 
 
 def mode(recipe: Recipe, target: Target) -> str:
-    """How the widths of a request are stored: as asked for, else shared where the target can."""
+    """How the widths of a request are stored: as asked for, else shared where target and precision can."""
     if recipe.width_mode is not None:
         return recipe.width_mode
-    return "shared" if hasattr(target, "share_widths") else "separate"
+    return "shared" if hasattr(target, "share_widths") and recipe.precision not in QUANTIZED else "separate"
 
 
 def check(recipe: Recipe, target: Target, precisions: Sequence[str]) -> None:
@@ -60,8 +60,11 @@ def check(recipe: Recipe, target: Target, precisions: Sequence[str]) -> None:
         raise RequestError("--widths with --max-ram", "one or the other: widths need the whole model", "Drop one")
     if recipe.chunks > 1:
         raise RequestError("--widths with --chunks", "one or the other", "Drop --chunks")
-    if quantized := [p for p in precisions if p in QUANTIZED]:
-        raise RequestError(f"--widths in {quantized[0]}", "fp32, fp16", "Change --precision, or package one width")
+    quantized = [p for p in precisions if p in QUANTIZED]
+    if quantized and mode(recipe, target) == "shared":
+        raise RequestError(f"shared widths in {quantized[0]}",
+                           "separate: a narrow int8 weight has scales of its own, so it is no slice of the widest's",
+                           "Choose --width-mode separate, or --precision fp16")  # fmt: skip
     if mode(recipe, target) == "shared" and not hasattr(target, "share_widths"):
         raise RequestError(f"shared widths for {recipe.target}", "separate: its runtime folds no slices at load",
                            "Choose --width-mode separate")  # fmt: skip

@@ -86,9 +86,9 @@ def build(plan: BuildPlan, *, force: bool = False) -> Made:
         facts = json.loads((truth / "facts.json").read_text(encoding="utf-8"))
         variants: dict[str, list[Variant]] = {}
         downgrades = list(plan.downgrades)
-        scales = quantstages.prepare(plan, workers, LIBRARIES)
+        scales = quantstages.prepare(plan, workers, LIBRARIES, narrow)
         for planned in plan.artefacts:
-            key, quant = scales.get((planned.component, planned.axes.precision), (None, None))
+            key, quant = scales.get(quantstages.part(planned), (None, None))
             made = workers.stage(
                 planned.folder, planned.params * 4, _lower_key(plan, planned, key), _lower, plan, planned, quant, truth,
                 narrow,

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from edgesd import narrowing
 from edgesd.buildplan import BuildPlan, Planned
 from edgesd.compress.quantplan import QUANTIZED
 from edgesd.models.session import PART_OF
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from edgesd.models.modules import Component
     from edgesd.workers import Workers
 
+Part = tuple[str, str, float]  # component, precision, width
 CALLS, CALLS_OF_LARGE = 240, 80  # UNet rows recorded; the second where a whole run of a model takes minutes
 LARGE_PARAMS = 200_000_000
 PASS_MACS = 1.2e13  # what one pass over the calls of a component may cost: 30 rows of SD 1.5's UNet
@@ -46,9 +48,14 @@ def is_quantized(axes: Axes) -> bool:
     return axes.precision in QUANTIZED
 
 
-def prepare(plan: BuildPlan, workers: Workers, libraries: tuple[str, ...]) -> dict[tuple[str, str], tuple[str, Path]]:
-    """(component, precision) -> (key, folder) of the finished quantization stages that the build's artefacts need."""
-    wanted = {(p.component, p.axes.precision): p for p in plan.artefacts if is_quantized(p.axes)}
+def prepare(
+    plan: BuildPlan, workers: Workers, libraries: tuple[str, ...], narrow: Path | None = None
+) -> dict[Part, tuple[str, Path]]:
+    """Part -> (key, folder) of the finished quantization stages that the build's artefacts need.
+
+    narrow: the UNet's widths (edgesd/narrowing.py); each has weights, and so scales, of its own.
+    """
+    wanted = {part(p): p for p in plan.artefacts if is_quantized(p.axes)}
     if not wanted:
         return {}
     given, parts = plan.recipe.calibration, (plan.checkpoint.sha256, plan.checkpoint.spec, plan.recipe.seed)
@@ -58,15 +65,21 @@ def prepare(plan: BuildPlan, workers: Workers, libraries: tuple[str, ...]) -> di
     else:
         calls = _given(plan, Path(given))
         calls_key = stage_key("calibration", json.loads((calls / "calibration.json").read_text(encoding="utf-8")))
-    made: dict[tuple[str, str], tuple[str, Path]] = {}
-    for (component, precision), planned in wanted.items():
+    made: dict[Part, tuple[str, Path]] = {}
+    for (component, precision, width), planned in wanted.items():
         gate = gate_db(plan.recipe.gate_db, component, plan.checkpoint.spec)
-        key = stage_key(f"quantize-{component}", *parts, calls_key, precision, gate, libraries=libraries)
-        name = f"{component} {precision}: scales and sensitivities"
-        made[component, precision] = (
-            key, workers.stage(name, planned.params * 4, key, plan_component, plan, planned, gate, calls)
-        )  # fmt: skip
+        nested = narrowing.key(plan, planned)
+        which = (*nested, width) if nested else ()
+        key = stage_key(f"quantize-{component}", *parts, calls_key, precision, gate, *which, libraries=libraries)
+        name = f"{component} {precision}{f' width {width:g}' if width < 1 else ''}: scales and sensitivities"
+        work = (plan_component, plan, planned, gate, calls, narrow)
+        made[component, precision, width] = key, workers.stage(name, planned.params * 4, key, *work)
     return made
+
+
+def part(planned: Planned) -> Part:
+    """What an artefact shares its scales with."""
+    return planned.component, planned.axes.precision, planned.axes.width
 
 
 def gate_db(asked: float | None, component: str, spec: ModelSpec) -> float:
@@ -88,8 +101,13 @@ def _given(plan: BuildPlan, folder: Path) -> Path:
 # ---- in children ------------------------------------------------------------------------------------------------
 
 
-def plan_component(plan: BuildPlan, planned: Planned, gate: float, calls: Path, folder: Path) -> None:
-    """Writes the plan and the weights that go with it. Raises GateError, DataError as `quantizing.quantize`."""
+def plan_component(
+    plan: BuildPlan, planned: Planned, gate: float, calls: Path, narrow: Path | None, folder: Path
+) -> None:
+    """Writes the plan and the weights that go with it. Raises GateError, DataError as `quantizing.quantize`.
+
+    A narrow width is held against itself in float, on what the widest one was asked.
+    """
     from safetensors.torch import save_file
 
     from edgesd.calibration.sets import open_set
@@ -103,6 +121,7 @@ def plan_component(plan: BuildPlan, planned: Planned, gate: float, calls: Path, 
     name, found = planned.component, open_set(calls)
     with quiet():
         model = load_parts(plan.checkpoint, None if name == "unet" else [PART_OF[name]])
+        model = replace(model, modules=narrowing.with_width(model.modules, narrow, planned.axes.width))
         component = build(name, model.modules, model.spec, planned.axes.model_copy(update={"batch": 1}))
         macs = max(count(component.module, component.example).macs, 1)
         rows = 2 if name == "unet" else 1
@@ -190,7 +209,7 @@ def owed_db(component: Component, plan: QuantPlan, outputs: tuple[str, ...], tru
     from edgesd.parity import snr_db
 
     stored = golden.load(truth / golden.FACTS, truth / golden.TENSORS)
-    calls = stored.calls(component.name, axes.batch) if stored.fits(axes) else []
+    calls = stored.calls(component.name, axes.batch, axes.width) if stored.fits(axes) else []
     if not calls:
         return None
     simulated = quantized(component, plan, "simulated", outputs)  # type: ignore[arg-type]

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 import tiny
 
-from edgesd import bundle, narrowing, packager, sources, targets
+from edgesd import bundle, narrowing, packager, quantstages, sources, targets
+from edgesd.compress.quantplan import QuantPlan
 from edgesd.errors import DataError, RequestError
 from edgesd.recipe import make_recipe, parse_widths
 from edgesd.runtime.generate import generate
@@ -89,10 +90,41 @@ def test_what_cannot_be_is_refused_before_any_work(target, fields, phrase):
         narrowing.check(recipe, targets.load(target), ["fp32"])
 
 
-def test_int8_widths_are_refused_by_name():
-    recipe = make_recipe(target="openvino", widths=(1.0, 0.5))
-    with pytest.raises(RequestError, match="--widths in int8"):
-        narrowing.check(recipe, targets.load("openvino"), ["int8"])
+@pytest.mark.parametrize("target", ["onnx-web", "openvino"])
+def test_int8_widths_are_separate_and_refused_shared(target):
+    asked = {"target": target, "widths": (1.0, 0.5), "precision": "int8"}
+    assert narrowing.mode(make_recipe(**asked), targets.load(target)) == "separate"
+    narrowing.check(make_recipe(**asked), targets.load(target), ["int8"])
+    with pytest.raises(RequestError, match="shared widths in int8"):
+        narrowing.check(make_recipe(**asked, width_mode="shared"), targets.load(target), ["int8"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", ["onnx-web", "openvino"])
+def test_int8_widths_have_plans_of_their_own_and_are_held_to_them(target, tmp_path, monkeypatch):
+    monkeypatch.setenv("EDGESD_CACHE", str(tmp_path / "cache"))
+    inline.install(monkeypatch.setattr)
+    monkeypatch.setattr(narrowing, "CALLS", 24)
+    monkeypatch.setattr(quantstages, "CALLS", 8)
+    monkeypatch.setattr(quantstages, "PARITY_DB", 6.0)  # of so small and random a model one rounding moves decibels
+    fields = {
+        "source": tiny.folder("sd1", tmp_path / "tiny"), "precision": "int8", "samplers": ("euler",), "steps": (4, 4),
+        "widths": (0.5, 1.0), "gate_db": 5.0,
+    }  # fmt: skip
+    folder = packager.package_all(fields, [target], tmp_path / "out").made[0].path
+    manifest = bundle.read(folder).manifest
+    wide, narrow = manifest.component("unet").variants
+    assert (wide.axes.width, narrow.axes.width, narrow.axes.precision) == (1.0, 0.5, "int8")
+    plans = [QuantPlan.parse((folder / v.plan).read_bytes()) for v in (wide, narrow)]
+    assert plans[1].shares()["int8"] > 0.2
+    assert sum(layer.macs for layer in plans[1].layers) < sum(layer.macs for layer in plans[0].layers)
+    scales = [{layer.name: layer.input.scale for layer in plan.layers if layer.input} for plan in plans]
+    assert scales[0] != scales[1]
+    assert all(v.status == "executed" and v.snr_db >= v.gate_db for v in (wide, narrow))
+    pipeline = sources.open_bundle(folder)
+    same = {"num_inference_steps": 4, "sampler": "euler", "seed": 1}
+    one, other = (generate(pipeline, PROMPT, width=w, **same)[0] for w in (1.0, 0.5))
+    assert not np.array_equal(one.latents, other.latents)
 
 
 def test_widths_parse():

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import tiny
 import torch
 
-from edgesd import golden, packager, quantstages, targets
+from edgesd import golden, narrowing, packager, quantstages, targets
 from edgesd.buildplan import make_plan
 from edgesd.calibration.sets import open_set
 from edgesd.compress.quantize import adjusted, quantized
@@ -72,12 +73,12 @@ def test_every_component_gets_a_plan_from_one_calibration(prepared):
     assert [what.split(":")[0] for what in workers.ran] == [
         "calibration", "text_encoder int8", "unet int8", "vae_decoder int8", "vae_encoder int8"
     ]  # fmt: skip
-    for (component, precision), (_, folder) in made.items():
+    for (component, precision, _), (_, folder) in made.items():
         read, tensors = quantstages.read(folder)
         assert (read.component, read.precision, read.source_sha256) == (component, precision, plan.checkpoint.sha256)
         assert read.snr_db >= 5
         assert all(t.dtype == torch.float32 for t in tensors.values())
-    assert quantstages.read(made["unet", "int8"][1])[0].latents_snr_db > 0
+    assert quantstages.read(made["unet", "int8", 1.0][1])[0].latents_snr_db > 0
 
 
 def test_a_second_request_takes_all_from_the_cache_and_a_gate_redoes_only_plans(prepared, checkpoint):
@@ -127,7 +128,7 @@ def test_what_an_artefact_owes_is_its_own_simulation_less_the_margin(prepared, c
     truth = type(truth)(**{**vars(truth), "spec": spec})
     stored = golden.record(truth, golden.settings_for(spec, {spec.defaults.sampler: (2,)}))
     stored.save(tmp_path)
-    read, tensors = quantstages.read(made["unet", "int8"][1])
+    read, tensors = quantstages.read(made["unet", "int8", 1.0][1])
     axes = next(p.axes for p in plan.artefacts if p.component == "unet")
     component = adjusted(build("unet", model.modules, spec, axes), tensors)
     owed = quantstages.owed_db(component, read, (), tmp_path, axes)
@@ -139,6 +140,26 @@ def test_what_an_artefact_owes_is_its_own_simulation_less_the_margin(prepared, c
     with_outputs = quantstages.owed_db(component, read, ("conv", "linear"), tmp_path, axes)
     assert with_outputs < owed
     assert quantstages.owed_db(component, read, (), tmp_path, axes.model_copy(update={"size_px": (8, 8)})) is None
+
+
+def test_a_narrow_width_has_a_plan_of_its_own_and_owes_what_its_own_truth_says(able, checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setattr(narrowing, "CALLS", 24)
+    plan = plan_for(checkpoint, tmp_path, widths=(1.0, 0.5))
+    (narrowest,) = (p for p in plan.artefacts if p.axes.width < 1)
+    plan, workers = replace(plan, artefacts=(narrowest,)), Direct(tmp_path)
+    narrow = narrowing.made(plan, workers)
+    ((found, (_, folder)),) = quantstages.prepare(plan, workers, packager.LIBRARIES, narrow).items()
+    assert found == ("unet", "int8", 0.5)
+    read, tensors = quantstages.read(folder)
+    model, spec = load(checkpoint), plan.checkpoint.spec
+    modules = narrowing.with_width(model.modules, narrow, 0.5)
+    component = adjusted(build("unet", modules, spec, narrowest.axes), tensors)  # its shapes are the narrow ones
+    truth = replace(torch_pipeline(model, **narrowing.narrower(plan, model, narrow)), spec=spec)
+    stored = golden.record(truth, golden.settings_for(spec, {spec.defaults.sampler: (2,)}))
+    stored.save(tmp_path)
+    owed = quantstages.owed_db(component, read, (), tmp_path, narrowest.axes)
+    wide = quantstages.owed_db(component, read, (), tmp_path, narrowest.axes.model_copy(update={"width": 1.0}))
+    assert owed > wide + 3  # width 1's answers are no truth for it
 
 
 def test_a_variant_is_held_to_its_own_gate():
