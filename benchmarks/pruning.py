@@ -165,7 +165,8 @@ def table(found: list[dict[str, Any]]) -> str:
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for r in found:
-        facts = f"| {r['name'].rsplit(' ', 1)[0] if r['settings'] else 'float'} | {r['macs_off']:.1%} "
+        name = r["name"].removesuffix(f" {r['settings'].get('ratio', 0):.0%}")
+        facts = f"| {name} | {r['macs_off']:.1%} "
         facts += f"| {r['params_off']:.1%} | {r['captions']:,} | {r['alignment']:.3f} "
         if r["settings"]:
             low, high = r["interval"]
