@@ -110,7 +110,8 @@ def prune(
     ratio: Annotated[float, typer.Option("--ratio", help="Share of the component's MACs to take off.")] = 0.25,
     calibration: Annotated[Path | None, typer.Option("--calibration", help="A set; recorded anew if left out.")] = None,
     calls: Annotated[
-        int | None, typer.Option("--calls", min=2, help="UNet rows to use; 480, of a big model 64, above 256 px 16.")
+        int | None,
+        typer.Option("--calls", min=2, help="UNet rows, two a guided call; 480, of a big model 64, above 256 px 16."),
     ] = None,
     component: Annotated[
         str, typer.Option("--component", help="unet, text_encoder, vae_decoder, vae_encoder.")

@@ -88,7 +88,7 @@ def commands(model, folder):
         "replace": [*pack[:-4], "--steps", "3", *pack[-2:], "--force"],
         "generate": ["generate", PROMPT, "-m", model, "--sampler", "euler", "--steps", "1", "-o", folder / "old.png"],
         "calibrate": ["calibrate", model, "--calls", "32", "--sampler", "euler", "--steps", "2", "-o", folder / "set"],
-        "prune": ["prune", model, "--ratio", "0.2", "--importance", "l1", "--restore", "none", "--calls", "8",
+        "prune": ["prune", model, "--ratio", "0.2", "--importance", "l1", "--restore", "none", "--calls", "16",
                   "--calibration", folder.parent / "set", "-o", folder / "pruned"],
     }  # fmt: skip
 
