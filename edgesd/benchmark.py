@@ -17,6 +17,7 @@ from edgesd.sheet import Section, Sheet, duration, size
 from edgesd.timing import Spread, measure, spread, timed
 
 if TYPE_CHECKING:
+    from edgesd.bundle import Bundle
     from edgesd.golden import Golden
     from edgesd.runtime.session import Session
 
@@ -29,18 +30,12 @@ def bench(folder: Path | str, runs: int = 7, threads: int | None = None, device:
     Calls take the bundle's golden inputs, one row each. Raises SetupError where figures would mean nothing (Core ML off
     a Mac), DataError for a broken bundle.
     """
-    from edgesd import bundle, targets
+    from edgesd import targets
 
     if runs < 1:
         raise RequestError(f"{runs} runs", "1 or more", "Change --runs")
-    opened = bundle.read(folder)
+    opened = meaningful(folder)
     target = targets.load(opened.manifest.target)
-    if not getattr(target, "speed_is_meaningful", lambda: True)():
-        raise SetupError(
-            f"speed of target {opened.manifest.target} on {sys.platform}",
-            "the platform its runtime is made for",
-            "Run edgesd bench there; here the bundle is interpreted, which says nothing about its speed",
-        )
     options = {key: value for key, value in (("threads", threads), ("device", device)) if value is not None}
     ran = in_child(observe, opened.folder, runs, options, label="the measurement")
     whole, cold = ran.value, [ran.value["cold_load"]]
@@ -58,6 +53,20 @@ def bench(folder: Path | str, runs: int = 7, threads: int | None = None, device:
         "peak_memory_bytes": ran.peak_bytes,
     }
     return Sheet(data, (_section(data),))
+
+
+def meaningful(folder: Path | str) -> Bundle:
+    """The bundle, read with its hashes; SetupError where its runtime is interpreted and seconds would mean nothing."""
+    from edgesd import bundle, targets
+
+    opened = bundle.read(folder)
+    if not getattr(targets.load(opened.manifest.target), "speed_is_meaningful", lambda: True)():
+        raise SetupError(
+            f"speed of target {opened.manifest.target} on {sys.platform}",
+            "the platform its runtime is made for",
+            "Run edgesd bench there; here the bundle is interpreted, which says nothing about its speed",
+        )
+    return opened
 
 
 def _section(data: dict[str, Any]) -> Section:

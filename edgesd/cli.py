@@ -15,7 +15,7 @@ from typing import Annotated, Any
 import typer
 
 from edgesd import verbs, verbs_training
-from edgesd.console import Device, Json, Model, Rng, Threads, pair, show
+from edgesd.console import Device, Json, Model, Rng, Threads, pair, progress, show
 from edgesd.errors import INTERRUPTED, EdgesdError, RequestError
 
 app = typer.Typer(
@@ -278,11 +278,21 @@ def inspect(bundle: Path, as_json: Json = False) -> None:
 def bench(
     bundle: Path,
     runs: Annotated[int, typer.Option("--runs", min=1, max=1000)] = 7,
+    sustained: Annotated[
+        float | None, typer.Option("--sustained", help="Draw for so many minutes instead: heat, battery, energy.")
+    ] = None,
     threads: Threads = None,
     device: Device = None,
     as_json: Json = False,
 ) -> None:
     """Cold load, warm load, seconds per call by component, peak memory: medians and spread."""
+    if sustained is not None:
+        from edgesd import sustained as room
+
+        with progress() as tick:
+            sheet = room.sustained(bundle, sustained, threads=threads, device=device, progress=tick)
+        show(*pair(sheet, as_json))
+        return
     from edgesd import inspection
 
     show(*pair(inspection.bench(bundle, runs=runs, threads=threads, device=device), as_json))
