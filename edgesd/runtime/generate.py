@@ -119,6 +119,7 @@ def sample_batch(
 ) -> Iterator[loop.Step | list[Picture]]:
     """Several pictures in step: they may differ in prompt, negative prompt, seed and index alone.
 
+    All texts are encoded first, then all is denoised, then all decoded: each component is needed in one stretch.
     A batch shares each UNet call where the session takes more than one row; its pictures equal those drawn alone up to
     the rounding of the runtime. governor: a policy, asked before every step; what it changed is in the pictures'
     settings, and settings with changes repeat them.

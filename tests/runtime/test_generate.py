@@ -1,6 +1,7 @@
 """The reference runtime against diffusers' own pipelines, on the embedded model and the same noise."""
 
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from edgesd.models.load import embedded_folder
 from edgesd.runtime.cache import PromptCache
 from edgesd.runtime.canvas import Start
 from edgesd.runtime.generate import generate, sample, sample_batch
+from edgesd.runtime.session import Watched
 from edgesd.runtime.settings import Settings, resolve
 
 PROMPT = "a red circle above a blue square on a white background"
@@ -120,6 +122,23 @@ def test_a_batch_draws_what_its_pictures_draw_alone(pipeline):
     for settings, picture in zip(several, together, strict=True):
         *_, alone = sample(pipeline, settings)
         assert np.abs(alone.latents - picture.latents).max() < 1e-3
+
+
+def test_several_prompts_go_through_phase_by_phase(pipeline):
+    """Encode all, denoise all, decode all: a runtime that holds one component at a time loads each once."""
+
+    class Order(Watched):
+        ran: tuple[str, ...] = ()
+
+        def run(self, component, inputs):
+            self.ran += (component,) if self.ran[-1:] != (component,) else ()
+            return super().run(component, inputs)
+
+    session = Order(pipeline.session)
+    several = [resolve(pipeline.spec, p, seed=0, num_inference_steps=2) for p in (PROMPT, "a green ring")]
+    *_, pictures = sample_batch(replace(pipeline, session=session), several, cache=PromptCache())
+    assert len(pictures) == 2
+    assert session.ran == ("text_encoder", "unet", "vae_decoder")
 
 
 def test_guidance_until_skips_unconditional_calls(pipeline):
