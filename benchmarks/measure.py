@@ -8,56 +8,19 @@ import shutil
 import signal
 import subprocess
 import tempfile
-import threading
 import time
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import contenders as who
-import psutil
 from visits import SCRIPTS, Visit
 
+from edgesd.child import Watch
+
 HERE = Path(__file__).resolve().parent
-POLL_S, TAIL = 0.1, 400
+TAIL = 400
 OVERWRITTEN = {"steps", "count", "size_px", "width"}  # what a visit's options may change
-
-
-class Watch:
-    """Polls the resident memory of a process and its children, summed; ends them beyond a limit.
-
-    What processes share is counted in each, so a tool that works in several looks larger, not smaller, than it is.
-    """
-
-    def __init__(self, pid: int, limit_bytes: int) -> None:
-        self.peak_bytes, self.over = 0, False
-        self._pid, self._limit, self._done = pid, limit_bytes, threading.Event()
-        self._thread = threading.Thread(target=self._poll, daemon=True)
-
-    def __enter__(self) -> Watch:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._done.set()
-        self._thread.join()
-
-    def _poll(self) -> None:
-        while not self._done.wait(POLL_S):
-            try:
-                root = psutil.Process(self._pid)
-                tree = [root, *root.children(recursive=True)]
-            except psutil.Error:
-                return
-            held = 0
-            for process in tree:
-                with suppress(psutil.Error):
-                    held += process.memory_info().rss
-            self.peak_bytes = max(self.peak_bytes, held)
-            if held > self._limit:
-                self.over = True
-                end(self._pid)
-                return
 
 
 def end(group: int) -> None:
@@ -136,7 +99,7 @@ def _process(
             start_new_session=True,
         )  # fmt: skip
         try:
-            with Watch(process.pid, settings["memory_bytes"]) as watch:
+            with Watch(process.pid, settings["memory_bytes"], whole_tree=True) as watch:
                 process.wait(timeout=3600 * settings["visit_hours"])
         except subprocess.TimeoutExpired:
             return {"failed": f"not finished after {settings['visit_hours']:g} hours", "peak_bytes": watch.peak_bytes}
@@ -145,7 +108,7 @@ def _process(
             process.wait()
         seconds = time.monotonic() - began
     spent = {"wall_s": round(seconds, 3), "peak_bytes": watch.peak_bytes}
-    if watch.over:
+    if watch.over_limit:
         return {"failed": f"its memory went beyond {settings['memory_bytes'] / 1e9:.1f} GB", **spent}
     answer = path.with_suffix(".answer")
     if process.returncode != 0 or not answer.exists():

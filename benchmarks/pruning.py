@@ -24,8 +24,7 @@ from paired import BLOCK, CALLS, CAPTIONS, DOCS, FLOAT, SETTINGS, TOGETHER, cali
 
 from edgesd.files import write_whole
 
-CAPPED = 256  # captions that points of the curve alone are drawn for
-FAR = 256  # and those of criteria so far below the float model that more captions would change no ordering
+CAPPED = 256  # captions for points of the curve alone, and for criteria so far below that more change no ordering
 
 NOTHING = {"restoration": "none", "allocation": "uniform"}
 CRITERIA: dict[str, dict[str, Any]] = {
@@ -48,9 +47,8 @@ MAIN = [name for name, how in VARIANTS.items() if how.get("ratio") not in (0.125
 
 def limit(name: str) -> int:
     """Captions that a variant is drawn for at most."""
-    if name not in MAIN:
-        return CAPPED
-    return FAR if VARIANTS[name].get("restoration") in ("none", "bias") else CAPTIONS
+    far_below = VARIANTS[name].get("restoration") in ("none", "bias")
+    return CAPPED if far_below or name not in MAIN else CAPTIONS
 
 
 @lru_cache(maxsize=1)

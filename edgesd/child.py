@@ -90,7 +90,7 @@ class Child:
         request = pickle.dumps((function, args))
         self._log.seek(0, os.SEEK_END)
         said_before = self._log.tell()
-        with _Watch(self._process.pid, self._limit) as watch:
+        with Watch(self._process.pid, self._limit) as watch:
             try:
                 _send(self._process.stdin, request)
                 error, value, seconds, peak = pickle.loads(pickle.load(self._process.stdout))  # type: ignore[arg-type]
@@ -118,7 +118,7 @@ class Child:
             with suppress(OSError):
                 pipe.close()  # type: ignore[union-attr]
 
-    def _death(self, label: str, watch: _Watch, said_before: int) -> SetupError:
+    def _death(self, label: str, watch: Watch, said_before: int) -> SetupError:
         code = self._process.wait()
         used = f"its memory reached {watch.peak_bytes / 1e9:.2f} GB"
         if watch.over_limit:
@@ -138,15 +138,20 @@ class Child:
         return f". It said last:\n{shown}" if shown else ""
 
 
-class _Watch:
-    """Polls a process's resident memory from the parent: its peak survives its death, and it ends at the limit."""
+class Watch:
+    """Polls a process's resident memory from outside: its peak survives its death, and it is killed at the limit.
 
-    def __init__(self, pid: int, limit_bytes: int | None) -> None:
+    whole_tree: counts, and kills, what it started too. Memory that processes share is counted in each, so a tool that
+    works in several looks larger, not smaller, than it is.
+    """
+
+    def __init__(self, pid: int, limit_bytes: int | None, *, whole_tree: bool = False) -> None:
         self.peak_bytes, self.over_limit = 0, False
-        self._pid, self._limit, self._done = pid, limit_bytes, threading.Event()
+        self._pid, self._limit, self._whole_tree = pid, limit_bytes, whole_tree
+        self._done = threading.Event()
         self._thread = threading.Thread(target=self._poll, daemon=True)
 
-    def __enter__(self) -> _Watch:
+    def __enter__(self) -> Watch:
         self._thread.start()
         return self
 
@@ -158,14 +163,25 @@ class _Watch:
         import psutil
 
         with suppress(psutil.Error):  # it ended
-            process = psutil.Process(self._pid)
+            root = psutil.Process(self._pid)
             while not self._done.is_set():
-                self.peak_bytes = max(self.peak_bytes, process.memory_info().rss)
+                tree = [root, *(root.children(recursive=True) if self._whole_tree else ())]
+                self.peak_bytes = max(self.peak_bytes, root.memory_info().rss + sum(map(_resident, tree[1:])))
                 if self._limit is not None and self.peak_bytes > self._limit:
                     self.over_limit = True
-                    process.kill()
+                    for process in tree:
+                        with suppress(psutil.Error):
+                            process.kill()
                     return
                 self._done.wait(_POLL_S)
+
+
+def _resident(process: Any) -> int:
+    import psutil
+
+    with suppress(psutil.Error):
+        return process.memory_info().rss
+    return 0
 
 
 # ---- in the child ----------------------------------------------------------------------------------------------

@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 import tiny
 import torch
-from compress_inputs import guided_calls
 from torch import nn
 
 from edgesd.compress import evidence as evidence_module
@@ -24,16 +23,6 @@ from edgesd.compress.replay import lockstep
 from edgesd.errors import DataError, RequestError
 from edgesd.models.load import load
 from edgesd.models.weights import SIDECAR
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return load(tiny.folder("sd1", tmp_path_factory.mktemp("models") / "tiny"))
-
-
-@pytest.fixture(scope="module")
-def calls():
-    return guided_calls()
 
 
 def error(model, module, calls):

@@ -3,7 +3,6 @@
 import pytest
 import tiny
 import torch
-from compress_inputs import guided_calls
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -11,17 +10,6 @@ from edgesd.compress import widths
 from edgesd.compress.calls import batches
 from edgesd.compress.groups import find_groups
 from edgesd.errors import DataError, RequestError
-from edgesd.models.load import load
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return load(tiny.folder("sd1", tmp_path_factory.mktemp("models") / "tiny"))
-
-
-@pytest.fixture(scope="module")
-def calls():
-    return guided_calls()
 
 
 @pytest.fixture(scope="module", params=widths.MODES)
