@@ -97,13 +97,14 @@ def fitting(rows: Sequence[Row], pipeline: Pipeline) -> list[Row]:
 
 
 def measure(pipeline: Pipeline, wanted: Sequence[Row], captions: range, out: Path) -> None:
-    """Appends a line for each picture that `out` lacks, caption by caption."""
+    """Appends a line for each picture that `out` lacks, row by row: loading a width takes its time."""
     done = {(row_of(line), line["caption"]) for line in lines([out])}
-    cache = PromptCache()
-    for index, caption in enumerate(held_out_captions(captions.stop, 0)):
-        for row in wanted if index in captions else ():
+    cache, texts = PromptCache(), held_out_captions(captions.stop, 0)
+    for row in wanted:
+        for index in captions:
             if (row, index) in done:
                 continue
+            caption = texts[index]
             settings = resolve(
                 pipeline.spec, caption, seed=index, sampler=SAMPLER, guidance_scale=GUIDANCE,
                 num_inference_steps=row.steps, width=row.width, guidance_until=row.guidance_until, switch=row.switch,

@@ -164,6 +164,7 @@ def _nncf(graph: Any, lots: list[Any], engine: str) -> Any:
 
 def _dynamic(whole: Any, folder: Path) -> None:
     """onnxruntime's dynamic quantization: ranges taken anew in each call."""
+    import onnx
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
     from edgesd.manifest import Axes
@@ -173,7 +174,9 @@ def _dynamic(whole: Any, folder: Path) -> None:
     scratch = folder / "float"
     scratch.mkdir(exist_ok=True)
     onnx_web.lower(whole, axes, scratch)
-    quantize_dynamic(scratch / "unet.onnx", folder / "unet.onnx", per_channel=True, weight_type=QuantType.QInt8)
+    graph = onnx.load(scratch / "unet.onnx")
+    del graph.graph.value_info[:]  # its Gemm become MatMul with other shapes, which the quantizer does not mend
+    quantize_dynamic(graph, folder / "unet.onnx", per_channel=True, weight_type=QuantType.QInt8)
 
 
 class Dynamic(Watched):
