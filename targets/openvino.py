@@ -59,11 +59,30 @@ def lower(
         from edgesd.compress.quantize import quantized
 
         model = _convert(quantized(component, plan, "unfolded", capabilities.int8_outputs))
+        _halve(model)
     ov.save_model(model, directory / graph, compress_to_fp16=axes.precision != "fp32")
     if plan is not None:
         del model  # a float copy of the weights
         _int8.hold(component.name, _int8.expected(component, plan, 2), coverage(directory / graph))
     return Lowered((graph, weights), component.inputs, component.outputs, lost, plan=plan)
+
+
+def _halve(model: Any) -> None:
+    """Weights that stay float to float16, widened at load: in a model with FakeQuantize, `save_model` leaves them."""
+    import numpy as np
+    import openvino as ov
+    from openvino import opset13
+
+    for node in model.get_ops():
+        if node.get_type_name() != "Constant" or node.get_output_element_type(0) != ov.Type.f32:
+            continue
+        readers = list(node.output(0).get_target_inputs())
+        if not all(reader.get_node().get_type_name() in ("Gather", "Convolution", "MatMul") for reader in readers):
+            continue
+        if np.abs(node.data).max(initial=0.0) <= np.finfo(np.float16).max:
+            half = opset13.convert(opset13.constant(node.data.astype(np.float16)), "f32")
+            for reader in readers:
+                reader.replace_source_output(half.output(0))
 
 
 def open(

@@ -135,6 +135,30 @@ def check_scales(name, path, whole, plan):
             assert given[1] == layer.input.zero_point
 
 
+class Embedded(nn.Module):
+    """A table that weighs more than the layer behind it: what stays float counts, too."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(7)
+        self.table, self.layer = nn.Embedding(4096, 32), nn.Linear(32, 32)
+
+    def forward(self, input_ids):
+        return torch.tanh(self.layer(nn.functional.silu(self.table(input_ids))))
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_what_stays_float_is_stored_as_the_target_stores_floats(name, tmp_path):
+    target = load(name)
+    ids = torch.arange(12, dtype=torch.int32)[None]
+    given = TensorSpec(name="input_ids", dtype="int32", shape=(1, 12))
+    made = TensorSpec(name="last_hidden_state", dtype="float32", shape=(1, 12, 32))
+    whole = Component("text_encoder", Embedded().eval().requires_grad_(False), (given,), (made,), (ids,))
+    plan = plans.simple_plan(whole)
+    lowered = target.lower(whole, axes(name), tmp_path, plan=plan)  # holds the bytes against the plan's
+    assert energy(run(target, tmp_path, lowered, whole) - compute(whole)) < 1e-4 * energy(compute(whole))
+
+
 # ---- whole components -------------------------------------------------------------------------------------------
 
 COMPONENTS = [
