@@ -154,12 +154,16 @@ def choose(
 def _histograms(
     component: Component, batches: Sequence[Batch], found: Mapping[str, Extent], names: Sequence[str]
 ) -> dict[str, tuple[tuple[torch.Tensor, float, float], tuple[torch.Tensor, float, float]]]:
-    """(counts [BINS], low, high) of each layer's input and output."""
-    ends = {name: ((float(e.low.min()), float(e.high.max())), e.output) for name, e in found.items()}
+    """(counts [BINS], low, high) of each layer's input and output; of what a ReLU behind it takes next, if one does."""
+    cut = {name for name in _rectified(component.module) if name in found and found[name].output[1] > 0}
+    ends = {
+        name: ((float(e.low.min()), float(e.high.max())), (0.0 if name in cut else e.output[0], e.output[1]))
+        for name, e in found.items()
+    }
     counts = {name: (torch.zeros(BINS), torch.zeros(BINS)) for name in names}
 
     def arrive(name: str, layer: Any, x: torch.Tensor, y: torch.Tensor) -> None:
-        for side, tensor in enumerate((x, y)):
+        for side, tensor in enumerate((x, y.clamp_min(0.0) if name in cut else y)):
             low, high = ends[name][side]
             if high > low:
                 counts[name][side].add_(torch.histc(tensor, BINS, low, high))
@@ -168,6 +172,17 @@ def _histograms(
         for batch in batches:
             call(component, batch)
     return {name: tuple((counts[name][i], *ends[name][i]) for i in (0, 1)) for name in names}  # type: ignore[misc]
+
+
+def _rectified(module: nn.Module) -> set[str]:
+    """Layers whose output goes through a ReLU and nowhere else: a grid of their output need not hold what that cuts."""
+    return {
+        f"{path}.{i}" if path else str(i)
+        for path, chain in module.named_modules()
+        if isinstance(chain, nn.Sequential)
+        for i in range(len(chain) - 1)
+        if isinstance(chain[i], nn.Conv2d | nn.Linear) and isinstance(chain[i + 1], nn.ReLU)
+    }
 
 
 class _Trials:

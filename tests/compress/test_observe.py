@@ -10,7 +10,7 @@ from edgesd.calibration.sets import Call
 from edgesd.compress.calls import batches
 from edgesd.compress.observe import BINS, best_grid, candidates, choose, extents, grid, on_grid
 from edgesd.errors import DataError
-from edgesd.manifest import Axes
+from edgesd.manifest import Axes, TensorSpec
 from edgesd.models.modules import Component, build
 
 
@@ -160,3 +160,21 @@ def test_the_mean_error_is_what_a_bias_must_make_good(component, lots, seen):
     weight = (layer.weight / scales.view(-1, 1, 1, 1)).round() * scales.view(-1, 1, 1, 1)
     got = nn.functional.conv2d(on_grid(x, grids.input), weight, layer.bias, padding=1)
     torch.testing.assert_close(grids.shift, (y - got).mean((0, 2, 3)), atol=1e-5, rtol=1e-3)
+
+
+def test_what_a_relu_cuts_takes_no_part_of_the_output_s_grid():
+    torch.manual_seed(3)
+    module = nn.Sequential(nn.Conv2d(4, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 4, 3, padding=1))
+    module[0].bias.data -= 0.5  # most of what it makes is negative
+    spec = TensorSpec(name="sample", dtype="float32", shape=(1, 4, 8, 8))
+    whole = Component("vae_decoder", module.eval().requires_grad_(False), (spec,), (spec,), (torch.randn(1, 4, 8, 8),))
+    calls = [
+        Call("vae_decoder", {"sample": np.random.RandomState(i).randn(1, 4, 8, 8).astype(np.float32)}) for i in (0, 1)
+    ]
+    lots = batches("vae_decoder", calls, tiny.spec())
+    found = choose(whole, lots, extents(whole, lots), ["0", "2"])
+    kept = torch.cat([module[0](batch.inputs["sample"]) for batch in lots]).relu()
+    first, second = found["0"].output, found["2"].output
+    assert first.zero_point == -128
+    assert 0.5 * float(kept.max()) < 255 * first.scale < 1.01 * float(kept.max())
+    assert second.zero_point > -128  # nothing cuts this one
