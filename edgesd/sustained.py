@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgesd.errors import RequestError
-from edgesd.runtime.device import DeviceState, default_sensors
+from edgesd.runtime.device import DeviceState, attribute, default_sensors, integer, read_celsius
 from edgesd.sheet import Section, Sheet, duration
 from edgesd.timing import spread
 
@@ -199,18 +199,10 @@ def section(data: dict[str, Any]) -> Section:
 # ---- gauges ----------------------------------------------------------------------------------------------------
 
 
-def _integer(path: Path) -> int | None:
-    """A kernel's figure; None where there is none, or none for us (energy is root's on most systems)."""
-    try:
-        return int(path.read_text(encoding="ascii"))
-    except (OSError, ValueError):
-        return None
-
-
 def hottest_celsius(root: Path = Path("/sys")) -> float | None:
     """The hottest thermal zone of a Linux or Android kernel; None without a plausible one."""
-    found = [_integer(path) for path in root.glob("class/thermal/thermal_zone*/temp")]
-    return max((x / 1000 for x in found if x is not None and 0 < x < 200_000), default=None)
+    found = [read_celsius(path) for path in root.glob("class/thermal/thermal_zone*/temp")]
+    return max((x for x in found if x is not None), default=None)
 
 
 class Rapl:
@@ -229,13 +221,13 @@ class Rapl:
     def __call__(self) -> float | None:
         told = False
         for zone in self._zones:
-            now = _integer(zone / "energy_uj")
+            now = integer(zone / "energy_uj")
             if now is None:
                 continue
             told, before = True, self._last.get(zone, now)
             gone = now - before
             if gone < 0:
-                most = _integer(zone / "max_energy_range_uj")
+                most = integer(zone / "max_energy_range_uj")
                 gone = 0 if most is None else gone + most
             self._joules += gone / 1e6
             self._last[zone] = now
@@ -243,7 +235,5 @@ class Rapl:
 
 
 def _is_package(name: Path) -> bool:
-    try:
-        return name.read_text(encoding="ascii").startswith("package")
-    except OSError:
-        return False
+    text = attribute(name)
+    return text is not None and text.startswith("package")

@@ -12,7 +12,7 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 
 import torch
 
@@ -45,7 +45,7 @@ class Truth:
     def errors(self, component: Component) -> dict[int, float]:
         """Noise level -> squared error of the outputs over their energy; of several outputs the mean."""
         errors: dict[int, float] = {}
-        for batch, wanted, shares in zip(self.batches, self.outputs, self.shares(), strict=True):
+        for batch, wanted, shares in zip(self.batches, self.outputs, self.shares, strict=True):
             level = levels(batch, LEVELS)
             for truth, got, share in zip(wanted, call(component, batch), shares, strict=True):
                 error = _squares(got - truth) * share
@@ -53,6 +53,7 @@ class Truth:
                     errors[at] = errors.get(at, 0.0) + float(error[level == at].sum())
         return dict(sorted(errors.items()))
 
+    @cached_property
     def shares(self) -> list[list[torch.Tensor]]:
         """By batch and output: what a row's squared error is multiplied with to add up to its level's, [rows]."""
         energy: defaultdict[tuple[int, int], float] = defaultdict(float)
@@ -93,7 +94,7 @@ def rank(component: Component, plan: QuantPlan, truth: Truth, progress: Progress
     noise_levels = len({at for batch in truth.batches for at in levels(batch, LEVELS).tolist()})
     passes = math.ceil(PROBES / sum(len(outputs[0]) for outputs in truth.outputs))
     generator = torch.Generator().manual_seed(0)
-    for done, (batch, shares) in enumerate(zip(truth.batches, truth.shares(), strict=True)):
+    for done, (batch, shares) in enumerate(zip(truth.batches, truth.shares, strict=True)):
         outputs, seen = _with_errors(component, layers, batch)
         for probe in range(passes):
             pulled = [

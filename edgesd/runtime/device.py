@@ -175,35 +175,41 @@ def from_sysfs(root: Path = Path("/sys")) -> DeviceState:
             headrooms += [] if read[1] is None else [read[1]]
     thermal: Any = THERMAL[max(levels)] if levels else "unknown"
     battery, charging = _supplies(root)
-    profile = _text(root / "firmware/acpi/platform_profile")
+    profile = attribute(root / "firmware/acpi/platform_profile")
     saver = None if profile is None else profile in ("low-power", "quiet")
     return DeviceState(battery, charging, saver, thermal, max(headrooms, default=None))
 
 
-def _text(path: Path) -> str | None:
-    """A sysfs attribute; None where the kernel has none or does not give it out."""
+def attribute(path: Path) -> str | None:
+    """A sysfs attribute; None where the kernel has none or does not give it out (energy is root's on most systems)."""
     try:
         return path.read_text(encoding="ascii").strip()
     except (OSError, ValueError):
         return None
 
 
-def _celsius(path: Path) -> float | None:
-    """Milli-degrees as a file holds them; None for a sensor that is absent or broken (some report -274 °C)."""
+def integer(path: Path) -> int | None:
+    """A sysfs attribute that is a whole number; None for any other, or none."""
+    text = attribute(path)
     try:
-        value = int(_text(path) or "") / 1000
+        return None if text is None else int(text)
     except ValueError:
         return None
-    return value if 0 < value < 200 else None
+
+
+def read_celsius(path: Path) -> float | None:
+    """Milli-degrees as a file holds them; None for a sensor that is absent or broken (some report -274 °C)."""
+    value = integer(path)
+    return value / 1000 if value is not None and 0 < value < 200_000 else None
 
 
 def _zone(zone: Path) -> tuple[int, float | None] | None:
     """(index in THERMAL, headroom) of one zone; None where it has no temperature or no trip to hold it against."""
-    heat = _celsius(zone / "temp")
+    heat = read_celsius(zone / "temp")
     trips: dict[str, float] = {}
     for kind in zone.glob("trip_point_*_type"):
-        limit = _celsius(kind.with_name(kind.name.replace("_type", "_temp")))
-        name = _text(kind)
+        limit = read_celsius(kind.with_name(kind.name.replace("_type", "_temp")))
+        name = attribute(kind)
         if limit is not None and name in ("passive", "hot", "critical"):
             trips[name] = min(limit, trips.get(name, limit))
     if heat is None or not trips:
@@ -221,9 +227,9 @@ def _supplies(root: Path) -> tuple[float | None, bool | None]:
     """(battery 0..1, charging) of the system's own batteries; those of mice and pens have scope Device."""
     charges, charging = [], []
     for supply in sorted(root.glob("class/power_supply/*")):
-        if _text(supply / "type") != "Battery" or _text(supply / "scope") == "Device":
+        if attribute(supply / "type") != "Battery" or attribute(supply / "scope") == "Device":
             continue
-        capacity, status = _text(supply / "capacity"), _text(supply / "status")
+        capacity, status = attribute(supply / "capacity"), attribute(supply / "status")
         charges += [min(int(capacity), 100) / 100] if capacity is not None and capacity.isdigit() else []
         charging += [] if status in (None, "Unknown") else [status != "Discharging"]
     return (min(charges) if charges else None), (any(charging) if charging else None)
