@@ -34,8 +34,11 @@ test: setup
 	$(MAKE) test-web
 	$(MAKE) test-android
 
-# The browser page: Node.js 20 or newer. Vite's output is web_demo/dist; the bundle is the embedded model.
+# The browser page: Node.js 20 or newer. Vite's output is web_demo/dist; the bundle is the embedded model. Tests hold the
+# page against Python on one without int8, where another processor's rounding is not amplified (and headless Chromium's
+# WebGPU adapter has no float16).
 WEB_BUNDLE = out/shapes-onnx-web.edgesd
+FLOAT_BUNDLE = out/quality/shapes-onnx-web.edgesd
 WEB_SOURCES = $(shell find web_demo/src web_demo/public -type f) web_demo/index.html web_demo/bench.html web_demo/vite.config.ts
 
 # The lock's versions, by `npm install`: `npm ci` refuses a lock without the binaries of other platforms.
@@ -51,6 +54,9 @@ web: web_demo/dist/index.html
 $(WEB_BUNDLE)/manifest.json: | setup
 	$(BIN)/edgesd package --target onnx-web -o out
 
+$(FLOAT_BUNDLE)/manifest.json: | setup
+	$(BIN)/edgesd package --target onnx-web --profile quality -o out/quality
+
 demo-web: setup web $(WEB_BUNDLE)/manifest.json
 	$(BIN)/edgesd serve $(WEB_BUNDLE)
 
@@ -59,7 +65,7 @@ test-web: setup
 	@command -v npm >/dev/null || { echo "web_demo: tests skipped, no Node.js 20 or newer"; exit 0; }; \
 	if ! command -v chromium >/dev/null && [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
 	  apt-get update -qq && apt-get install -y -qq chromium fonts-dejavu-core >/dev/null; fi; \
-	$(MAKE) web $(WEB_BUNDLE)/manifest.json && cd web_demo && export EDGESD_PYTHON="$(abspath $(BIN)/python)" && npm test --silent && npm run --silent test:e2e
+	$(MAKE) web $(WEB_BUNDLE)/manifest.json $(FLOAT_BUNDLE)/manifest.json && cd web_demo && export EDGESD_PYTHON="$(abspath $(BIN)/python)" && npm test --silent && npm run --silent test:e2e
 
 # The Kotlin runtime and its app (docs/android.md).
 test-android: setup

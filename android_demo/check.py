@@ -61,13 +61,13 @@ def compile_kotlin(jars: Path, sources: list[Path], into: Path, classpath: list[
 
 
 def bundle(folder: Path) -> Path:
-    """A tflite bundle of the embedded model: what `make demo` left in out/, else one made here, once."""
-    for place in (HERE.parent / "out", folder):
-        if (place / "shapes-tflite.edgesd" / "manifest.json").is_file():
-            return place / "shapes-tflite.edgesd"
-    command = [sys.executable, "-m", "edgesd.cli", "package", "--target", "tflite", "-o", str(folder)]
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-    return folder / "shapes-tflite.edgesd"
+    """A tflite bundle of the embedded model, made once. Without int8, where the last bit of a sum that another language
+    rounds otherwise can change an integer, and with it the noise of the whole picture."""
+    made = folder / "shapes-tflite.edgesd"
+    if not (made / "manifest.json").is_file():
+        command = [sys.executable, "-m", "edgesd.cli", "package", "--target", "tflite", "--profile", "quality"]
+        subprocess.run([*command, "-o", str(folder)], check=True, stdout=subprocess.DEVNULL)
+    return made
 
 
 if __name__ == "__main__":

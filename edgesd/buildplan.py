@@ -181,18 +181,23 @@ def _axes(component: str, recipe: Recipe, target: Target, size_px: tuple[int, in
 def flavours(recipe: Recipe, target: Target) -> list[tuple[str, str]]:
     """(precision, form) of the variants to make, the default one first. Raises RequestError for one it has not.
 
-    Without --precision a target makes its own choice (`default_variants`); --form adds to it.
+    Without --precision the profile chooses among the target's own: `default_variants` for quality, `int8_variants` for
+    the others (its first precision or int8 where it names none); --form adds to them.
     """
     precisions = target.capabilities.precisions
     if recipe.precision is not None and recipe.precision not in precisions:
         raise RequestError(
             f"precision {recipe.precision} for {recipe.target}", ", ".join(precisions), "Change --precision"
         )
-    if recipe.precision is None:
-        own = ((precisions[0], _forms(target, precisions[0])[0]),)
-        made = list(getattr(target, "default_variants", own))
-    else:
+    if recipe.precision is not None:
         made = [(recipe.precision, _forms(target, recipe.precision)[0])]
+    else:
+        wanted, own = ("default_variants", precisions[0]) if recipe.profile == "quality" else ("int8_variants", "int8")
+        if own not in precisions:
+            raise RequestError(
+                f"profile {recipe.profile} for {recipe.target}, which has no {own}", "--profile quality", "Choose it"
+            )
+        made = list(getattr(target, wanted, ((own, _forms(target, own)[0]),)))
     for form in recipe.forms:
         allowed = _forms(target, made[0][0])
         if form not in allowed:

@@ -154,11 +154,11 @@ def package(
         str | None,
         typer.Option(
             "--profile",
-            help="quality, balanced (int8) or small (int8, a quarter of the UNet pruned); single flags win.",
+            help="balanced (int8) if left out; quality (no int8); small (int8, a quarter of the UNet pruned). Flags win.",
         ),
     ] = None,
     precision: Annotated[
-        str | None, typer.Option("--precision", help="int8, hybrid, w8, fp16 or fp32; each target's own if left out.")
+        str | None, typer.Option("--precision", help="int8, hybrid, w8, fp16 or fp32; the profile's if left out.")
     ] = None,
     vae: Annotated[str | None, typer.Option("--vae", help="tiny, full or a VAE folder.")] = None,
     sampler: Annotated[list[str] | None, typer.Option("--sampler", help="Tables to ship; repeatable.")] = None,

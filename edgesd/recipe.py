@@ -15,19 +15,17 @@ from edgesd.errors import RequestError
 
 Precision = Literal["fp32", "fp16", "int8", "hybrid", "w8"]
 MAX_SIDE_PX = 4096
-# What a profile sets where the request says nothing: as close as the target gets; int8; int8 of a smaller UNet.
-PROFILES: dict[str, dict[str, Any]] = {
-    "quality": {},
-    "balanced": {"precision": "int8"},
-    "small": {"precision": "int8", "prune": 0.25},
-}
+Profile = Literal["quality", "balanced", "small"]
+# What a profile sets where the request says nothing, beside the precision: that comes from the target, as close to float
+# as it gets for quality, its int8 otherwise (`edgesd.buildplan.flavours`).
+PROFILES: dict[str, dict[str, Any]] = {"quality": {}, "balanced": {}, "small": {"prune": 0.25}}
 
 
 class Recipe(BaseModel):
     """One packaging request. `None` means: what the checkpoint or the target says.
 
     source: diffusers folder, hub id, or None for the embedded model. target: one name. profile: sets what is not given.
-    precision: None = the target's default. vae: "tiny", "full" (what the checkpoint holds must match) or a VAE folder.
+    precision: None = what the profile means on the target. vae: "tiny", "full" (what the checkpoint holds must match) or a VAE folder.
     samplers: names whose tables ship; steps: the range of step counts each holds.
     size_px: (height, width), multiples of the model's downscale. batch2: also a UNet for guidance in one call.
     forms: a target's flavours beside its own. minimum_target, compiled (by Xcode, on a Mac), chunks (UNet in so many
@@ -45,7 +43,7 @@ class Recipe(BaseModel):
     source: str | None = None
     revision: str | None = None
     target: str
-    profile: Literal["quality", "balanced", "small"] | None = None
+    profile: Profile = "balanced"
     precision: Precision | None = None
     vae: str | None = None
     samplers: tuple[str, ...] = ()

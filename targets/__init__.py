@@ -97,6 +97,7 @@ class Target(Protocol):
     A module may also have: status, "executed" (what is assumed) or "interpreted" when opened on this platform;
     lower_extra, the pip extra of its converter where `extra` does not bring it;
     form_status, the same by form where it differs ("unverified": meant for a runtime that is not here);
+    default_variants and int8_variants, (precision, form) of what a bundle holds by profile where nothing else is asked;
     form_components, the components that have a form where not all do; lower_options, fields of
     the recipe that `lower` takes; chunked, that a UNet may come in pieces; speed_is_meaningful() -> bool;
     check_plan(component, bytes, axes), which refuses what it cannot hold; coverage(path) -> Coverage, counted in the

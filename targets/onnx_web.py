@@ -47,6 +47,7 @@ capabilities = Capabilities(
 )
 
 default_variants = (("fp32", "wasm"), ("fp16", "webgpu"))
+int8_variants = (("int8", "wasm"), ("fp16", "webgpu"))  # a page loads one of them; WebGPU has no integer convolutions
 form_status = {"webgpu": "unverified"}  # measured on this processor; its own adapter is in a browser
 
 # A browser's 32-bit WebAssembly memory ends at 4 GiB. There the weights stand twice while a session is made (file and

@@ -64,6 +64,7 @@ def test_count_numbers_the_files_and_each_repeats_alone(run):
         (["generate", "x", "--nonsense"], "--nonsense"),
         (["package", "--target", "toaster"], "toaster"),
         (["package", "--target", "openvino", "--precision", "fp64"], "fp64"),
+        (["package", "--target", "coreml", "--palette", "6"], "a palette of 6 bits in int8"),
         (["package", "--target", "openvino", "--size-px", "100x100"], "100x100"),
         (["package", "--target", "openvino", "--steps", "9-3"], "9-3"),
         (["package", "--target", "openvino", "--sampler", "wishful"], "wishful"),

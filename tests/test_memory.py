@@ -21,7 +21,7 @@ GIB = 1 << 30
 def plan(monkeypatch, tmp_path):
     def make(target, params=PARAMS, **fields):
         monkeypatch.setattr("edgesd.buildplan.count_params", lambda checkpoint: params)
-        return make_plan(make_recipe(target=target, **fields), open_checkpoint(), tmp_path)
+        return make_plan(make_recipe(target=target, **{"profile": "quality", **fields}), open_checkpoint(), tmp_path)
 
     return make
 

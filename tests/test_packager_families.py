@@ -25,7 +25,7 @@ def _no_children(monkeypatch):
 
 
 def package(source, output, target="torch", **fields):
-    asked = {"source": str(source), "samplers": ("euler",), "steps": (3, 3), **fields}
+    asked = {"source": str(source), "profile": "quality", "samplers": ("euler",), "steps": (3, 3), **fields}
     return packager.package_all(asked, [target], output).made[0].path
 
 

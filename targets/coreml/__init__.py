@@ -50,11 +50,19 @@ MOST_CHUNKS = 8
 _WEIGHT_BYTES = {"fp32": 4, "fp16": 2, "int8": 1, "hybrid": 1, "w8": 1}
 
 
-def check_plan(component_name: str, predicted_bytes: int, axes: Axes, minimum_target: str = "iOS17") -> None:
-    """Refuses a package too large for an iPhone, before any work. Raises RequestError that says what would fit.
+def check_plan(
+    component_name: str, predicted_bytes: int, axes: Axes, minimum_target: str = "iOS17", palette: int | None = None
+) -> None:
+    """Refuses a package too large for an iPhone, or a palette that cannot be, before any work.
 
-    predicted_bytes: weights of the one package that `axes` describes (of the chunk, for a chunk).
+    predicted_bytes: weights of the one package that `axes` describes (of the chunk, for a chunk). Raises RequestError
+    that says what would fit.
     """
+    if palette is not None and (axes.precision, palette) not in (("w8", 6), ("w8", 8)):
+        came = f"a palette of {palette} bits in {axes.precision}"
+        raise RequestError(came, "6 or 8 bits, in w8", "Change --palette, or add --precision w8")
+    if palette is not None and minimum_target not in PALETTE_TARGETS:
+        raise RequestError(f"a palette for {minimum_target}", ", ".join(PALETTE_TARGETS), "Change --minimum-target")
     if predicted_bytes <= IOS_WEIGHT_BYTES or not minimum_target.startswith("iOS"):
         return
     weights = predicted_bytes * axes.chunk[1] / _WEIGHT_BYTES[axes.precision]
@@ -114,14 +122,9 @@ def lower(
             raise RequestError(f"{what} {value!r} for target {name}", allowed, "Choose one of these")
     from edgesd.targets.coreml import convert
 
-    if palette is not None and (axes.precision, palette) not in (("w8", 6), ("w8", 8)):
-        came = f"a palette of {palette} bits in {axes.precision}"
-        raise RequestError(came, "6 or 8 bits, in w8", "Change --palette, or add --precision w8")
-    if palette is not None and minimum_target not in PALETTE_TARGETS:
-        raise RequestError(f"a palette for {minimum_target}", ", ".join(PALETTE_TARGETS), "Change --minimum-target")
     plan, lost = _int8.planned(component, axes, plan, capabilities)
     piece = convert.shaped(component, axes, plan if palette is None else None)
-    check_plan(component.name, convert.weight_bytes(piece, axes), axes, minimum_target)
+    check_plan(component.name, convert.weight_bytes(piece, axes), axes, minimum_target, palette)
     made = convert.write(
         piece, axes, directory, plan, minimum_target=minimum_target, compute_units=units, compiled=compiled,
         palette=palette,

@@ -8,11 +8,12 @@ import { chromium, type BrowserContext, type Page } from "playwright-core";
 
 const ROOT = resolve(import.meta.dirname, "../../..");
 export const PYTHON = process.env.EDGESD_PYTHON ?? "python3";
-/** Bundles made by `make test-web`: the embedded model. */
-export const BUNDLE = process.env.EDGESD_WEB_BUNDLE ?? join(ROOT, "out", "shapes-onnx-web.edgesd");
+/** Bundles made by `make test-web`: the embedded model in fp32 and fp16, and as `package` makes it by default. */
+export const BUNDLE = process.env.EDGESD_WEB_BUNDLE ?? join(ROOT, "out", "quality", "shapes-onnx-web.edgesd");
+export const INT8_BUNDLE = join(ROOT, "out", "shapes-onnx-web.edgesd");
 const CANDIDATES = [process.env.CHROMIUM, "/usr/bin/chromium", "/usr/bin/chromium-browser", "/usr/bin/google-chrome"];
 export const CHROMIUM = CANDIDATES.find((path) => path !== undefined && existsSync(path));
-export const WHY_NOT = CHROMIUM === undefined ? "no Chromium (apt-get install chromium, or set CHROMIUM)" : !existsSync(BUNDLE) ? `no bundle at ${BUNDLE}` : "";
+export const WHY_NOT = CHROMIUM === undefined ? "no Chromium (apt-get install chromium, or set CHROMIUM)" : [BUNDLE, INT8_BUNDLE].filter((path) => !existsSync(path)).map((path) => `no bundle at ${path}`).join(", ");
 const QUIET = [
   "--no-sandbox", "--disable-quic", "--no-first-run", "--disable-background-networking", "--disable-component-update", "--disable-sync",
   "--js-flags=--expose-gc",
