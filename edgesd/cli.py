@@ -154,7 +154,7 @@ def package(
         str | None,
         typer.Option(
             "--profile",
-            help="balanced (int8) if left out; quality (no int8); small (int8, a quarter of the UNet pruned). Flags win.",
+            help="balanced (int8) if left out; quality (no int8); small (int8, UNet pruned by a quarter). Flags win.",
         ),
     ] = None,
     precision: Annotated[

@@ -16,8 +16,8 @@ from edgesd.errors import RequestError
 Precision = Literal["fp32", "fp16", "int8", "hybrid", "w8"]
 MAX_SIDE_PX = 4096
 Profile = Literal["quality", "balanced", "small"]
-# What a profile sets where the request says nothing, beside the precision: that comes from the target, as close to float
-# as it gets for quality, its int8 otherwise (`edgesd.buildplan.flavours`).
+# What a profile sets where the request says nothing, beside the precision: that comes from the target, as close to
+# float as it gets for quality, its int8 otherwise (`edgesd.buildplan.flavours`).
 PROFILES: dict[str, dict[str, Any]] = {"quality": {}, "balanced": {}, "small": {"prune": 0.25}}
 
 
@@ -25,7 +25,8 @@ class Recipe(BaseModel):
     """One packaging request. `None` means: what the checkpoint or the target says.
 
     source: diffusers folder, hub id, or None for the embedded model. target: one name. profile: sets what is not given.
-    precision: None = what the profile means on the target. vae: "tiny", "full" (what the checkpoint holds must match) or a VAE folder.
+    precision: None = what the profile means on the target. vae: "tiny", "full" (what the checkpoint holds must match)
+    or a VAE folder.
     samplers: names whose tables ship; steps: the range of step counts each holds.
     size_px: (height, width), multiples of the model's downscale. batch2: also a UNet for guidance in one call.
     forms: a target's flavours beside its own. minimum_target, compiled (by Xcode, on a Mac), chunks (UNet in so many

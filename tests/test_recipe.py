@@ -27,7 +27,7 @@ def test_a_profile_sets_precision_and_pruning_and_single_fields_win(asked, targe
 
 
 def test_the_default_says_what_to_do_where_a_target_has_no_int8():
-    with pytest.raises(RequestError, match="profile balanced for torch, which has no int8.*--profile quality"):
+    with pytest.raises(RequestError, match=r"profile balanced for torch, which has no int8.*--profile quality"):
         buildplan.flavours(make_recipe(target="torch"), torch_target)
 
 

@@ -158,7 +158,8 @@ def hold(plan: QuantPlan, build: Build, truth: Truth, gate_db: float) -> tuple[Q
         if kept not in modes.values():
             raise GateError(
                 f"{plan.component} reaches {min(reached.values()):.1f} dB with nothing left in {plan.precision}",
-                f"the gate, {gate_db:g} dB at every noise level", "Lower --gate-db, or choose --profile quality or another --precision",
+                f"the gate, {gate_db:g} dB at every noise level",
+                "Lower --gate-db, or choose --profile quality or another --precision",
             )  # fmt: skip
         count = _count(plan, left, min(reached.values()), gate_db)
         for name in left[:count]:

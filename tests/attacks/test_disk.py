@@ -82,7 +82,8 @@ def contents(folder):
 
 def commands(model, folder):
     """Every command that writes, as (words, what it must not lose). What it writes exists already where it may."""
-    pack = ["package", model, "--target", "torch", "--profile", "quality", "--sampler", "euler", "--steps", "2", "-o", folder / "out"]
+    pack = ["package", model, "--target", "torch", "--precision", "fp32", "--sampler", "euler", "--steps", "2"]
+    pack += ["-o", folder / "out"]
     return {
         "package": pack,
         "replace": [*pack[:-4], "--steps", "3", *pack[-2:], "--force"],
