@@ -184,13 +184,13 @@ def flavours(recipe: Recipe, target: Target) -> list[tuple[str, str]]:
     Without --precision the profile chooses among the target's own: `default_variants` for quality, `int8_variants` for
     the others (its first precision or int8 where it names none); --form adds to them.
     """
-    precisions = target.capabilities.precisions
+    precisions: tuple[str, ...] = target.capabilities.precisions
     if recipe.precision is not None and recipe.precision not in precisions:
         raise RequestError(
             f"precision {recipe.precision} for {recipe.target}", ", ".join(precisions), "Change --precision"
         )
     if recipe.precision is not None:
-        made = [(recipe.precision, _forms(target, recipe.precision)[0])]
+        made: list[tuple[str, str]] = [(recipe.precision, _forms(target, recipe.precision)[0])]
     else:
         wanted, own = ("default_variants", precisions[0]) if recipe.profile == "quality" else ("int8_variants", "int8")
         if own not in precisions:
