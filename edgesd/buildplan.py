@@ -116,7 +116,7 @@ def make_plan(recipe: Recipe, checkpoint: Checkpoint, output: Path) -> BuildPlan
         raise RequestError(
             f"{recipe.chunks} chunks for {recipe.target}", "one: only coreml splits a UNet", "Drop --chunks"
         )
-    narrowing.check(recipe, target, [precision for precision, _ in flavours(recipe, target)])
+    narrowing.check(recipe, target)
     artefacts = []
     prompts = () if recipe.prompt_bank is None else read_prompts(Path(recipe.prompt_bank))
     for component in params:

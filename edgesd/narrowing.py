@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any
 
 from edgesd import targets
 from edgesd.child import in_child
-from edgesd.compress.quantplan import QUANTIZED
 from edgesd.errors import RequestError
 from edgesd.manifest import Variant
 from edgesd.recording import recorded
@@ -41,14 +40,14 @@ FACTS = "facts.json"
 
 
 def mode(recipe: Recipe, target: Target) -> str:
-    """How the widths of a request are stored: as asked for, else shared where target and precision can."""
+    """How the widths of a request are stored: as asked for, else shared where the target can."""
     if recipe.width_mode is not None:
         return recipe.width_mode
-    return "shared" if hasattr(target, "share_widths") and recipe.precision not in QUANTIZED else "separate"
+    return "shared" if hasattr(target, "share_widths") else "separate"
 
 
-def check(recipe: Recipe, target: Target, precisions: Sequence[str]) -> None:
-    """RequestError for widths that cannot be, or that the target or precision cannot share. Before any work."""
+def check(recipe: Recipe, target: Target) -> None:
+    """RequestError for widths that cannot be, or that the target cannot share. Before any work."""
     from edgesd.compress.widths import check_widths
 
     if recipe.width_mode is not None and recipe.widths == (1.0,):
@@ -60,11 +59,6 @@ def check(recipe: Recipe, target: Target, precisions: Sequence[str]) -> None:
         raise RequestError("--widths with --max-ram", "one or the other: widths need the whole model", "Drop one")
     if recipe.chunks > 1:
         raise RequestError("--widths with --chunks", "one or the other", "Drop --chunks")
-    quantized = [p for p in precisions if p in QUANTIZED]
-    if quantized and mode(recipe, target) == "shared":
-        raise RequestError(f"shared widths in {quantized[0]}",
-                           "separate: a narrow int8 weight has scales of its own, so it is no slice of the widest's",
-                           "Choose --width-mode separate, or --precision fp16")  # fmt: skip
     if mode(recipe, target) == "shared" and not hasattr(target, "share_widths"):
         raise RequestError(f"shared widths for {recipe.target}", "separate: its runtime folds no slices at load",
                            "Choose --width-mode separate")  # fmt: skip
@@ -173,8 +167,13 @@ def narrower(plan: BuildPlan, model: Any, narrow: Path | None) -> dict[str, Any]
     return {} if narrow is None else {"narrow": {w: with_width(model.modules, narrow, w)["unet"] for w in widths}}
 
 
-def shared(plan: BuildPlan, folder: Path, variants: dict[str, list[Variant]]) -> dict[str, list[Variant]]:
-    """The variants once each narrow artefact in the bundle's folder is rewritten onto the widest one's weights."""
+def shared(
+    plan: BuildPlan, folder: Path, variants: dict[str, list[Variant]], corrections: Mapping[tuple[str, float], Path]
+) -> dict[str, list[Variant]]:
+    """The variants once each narrow artefact in the bundle's folder is rewritten onto the widest one's weights.
+
+    corrections: of the int8 layers, by precision and width.
+    """
     if plan.recipe.widths == (1.0,) or stored_mode(plan) != "shared":
         return variants
     unet = variants["unet"]
@@ -186,17 +185,28 @@ def shared(plan: BuildPlan, folder: Path, variants: dict[str, list[Variant]]) ->
             old = Path(variant.files[0])
             new = Path(source.files[0]).with_name(f"{old.stem}-w{variant.axes.width:g}{old.suffix}")
             paths = [folder / f for f in (source.files[0], variant.files[0])]
-            ran = in_child(_share, plan.recipe.target, *paths, folder / new, label=f"{plan.recipe.target}: share")
+            ran = in_child(
+                _share, plan.recipe.target, corrections.get((variant.axes.precision, variant.axes.width)), *paths,
+                folder / new, label=f"{plan.recipe.target}: share",
+            )  # fmt: skip
             files = tuple(Path(f).relative_to(folder).as_posix() for f in ran.value)
+            changed: dict[str, Any] = {"files": files}
+            if variant.plan is not None:
+                changed["plan"] = new.with_name(f"plan-w{variant.axes.width:g}.json").as_posix()
+                (folder / variant.plan).rename(folder / changed["plan"])
             shutil.rmtree((folder / old).parent)
-            variant = variant.model_copy(update={"files": files})
+            variant = variant.model_copy(update=changed)
         rewritten.append(variant)
     return {**variants, "unet": rewritten}
 
 
-def _share(target: str, wide: Path, narrow: Path, new: Path) -> list[str]:
+def _share(name: str, corrections: Path | None, wide: Path, narrow: Path, new: Path) -> list[str]:
     """In a child: converters are large."""
-    return [str(path) for path in targets.load(target, lowering=True).share_widths(wide, narrow, new)]  # type: ignore[attr-defined]
+    from edgesd.compress.inherit import load_corrections
+
+    target: Any = targets.load(name, lowering=True)
+    given = [] if corrections is None else load_corrections(corrections)
+    return [str(path) for path in target.share_widths(wide, narrow, new, given)]
 
 
 def told(narrow: Path | None, folder: Path, options: Mapping[str, Any] | None = None) -> dict[str, Any]:

@@ -98,7 +98,7 @@ def build(plan: BuildPlan, *, force: bool = False) -> Made:
             variants.setdefault(planned.component, []).append(variant)
             downgrades += lost
         workers.close()
-        variants = narrowing.shared(plan, folder, variants)
+        variants = narrowing.shared(plan, folder, variants, quantstages.corrections(scales))
         manifest = _manifest(plan, facts, variants, downgrades, folder)
         bundle.seal(folder, manifest)
         manifest = _measured(plan, folder, manifest, workers)

@@ -8,8 +8,9 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -41,7 +42,7 @@ VERIFIED_RUNS = 2
 # An artefact may be this much further from the truth than the simulation of its own plan: 1.25 times the error. Not
 # less: one rounding that falls the other way draws the whole quantization noise anew.
 PARITY_DB = 1.94
-PLAN, TENSORS = "plan.json", "tensors.safetensors"
+PLAN, TENSORS, CORRECTIONS = "plan.json", "tensors.safetensors", "corrections.safetensors"
 
 
 def is_quantized(axes: Axes) -> bool:
@@ -53,7 +54,7 @@ def prepare(
 ) -> dict[Part, tuple[str, Path]]:
     """Part -> (key, folder) of the finished quantization stages that the build's artefacts need.
 
-    narrow: the UNet's widths (edgesd/narrowing.py); each has weights, and so scales, of its own.
+    narrow: the UNet's widths (edgesd/narrowing.py); each has a plan of its own.
     """
     wanted = {part(p): p for p in plan.artefacts if is_quantized(p.axes)}
     if not wanted:
@@ -68,13 +69,23 @@ def prepare(
     made: dict[Part, tuple[str, Path]] = {}
     for (component, precision, width), planned in wanted.items():
         gate = gate_db(plan.recipe.gate_db, component, plan.checkpoint.spec)
+        # Stored once, a narrow width's integers are the widest one's, which comes first.
+        widest = made[component, precision, 1.0] if width < 1 and narrowing.stored_mode(plan) == "shared" else None
         nested = narrowing.key(plan, planned)
-        which = (*nested, width) if nested else ()
+        which = (*nested, width, *([widest[0]] if widest is not None else [])) if nested else ()
         key = stage_key(f"quantize-{component}", *parts, calls_key, precision, gate, *which, libraries=libraries)
         name = f"{component} {precision}{f' width {width:g}' if width < 1 else ''}: scales and sensitivities"
-        work = (plan_component, plan, planned, gate, calls, narrow)
+        work = (plan_component, plan, planned, gate, calls, narrow, None if widest is None else widest[1])
         made[component, precision, width] = key, workers.stage(name, planned.params * 4, key, *work)
     return made
+
+
+def corrections(made: Mapping[Part, tuple[str, Path]]) -> dict[tuple[str, float], Path]:
+    """(precision, width) -> what makes a narrow UNet's integers out of the widest one's, where it shares them."""
+    files = {
+        (precision, width): folder / CORRECTIONS for (_, precision, width), (_, folder) in made.items() if width < 1
+    }
+    return {which: path for which, path in files.items() if path.exists()}
 
 
 def part(planned: Planned) -> Part:
@@ -102,16 +113,18 @@ def _given(plan: BuildPlan, folder: Path) -> Path:
 
 
 def plan_component(
-    plan: BuildPlan, planned: Planned, gate: float, calls: Path, narrow: Path | None, folder: Path
+    plan: BuildPlan, planned: Planned, gate: float, calls: Path, narrow: Path | None, widest: Path | None, folder: Path
 ) -> None:
     """Writes the plan and the weights that go with it. Raises GateError, DataError as `quantizing.quantize`.
 
-    A narrow width is held against itself in float, on what the widest one was asked.
+    A narrow width is held against itself in float, on what the widest one was asked. widest: the finished stage of the
+    width whose integers this one shares.
     """
     from safetensors.torch import save_file
 
     from edgesd.calibration.sets import open_set
     from edgesd.compress.calls import batches
+    from edgesd.compress.inherit import behind_cuts, from_widest, own_integers, save_corrections
     from edgesd.compress.quantize import adjusted, quantized
     from edgesd.compress.quantizing import quantize
     from edgesd.models.count import count
@@ -120,23 +133,34 @@ def plan_component(
 
     name, found = planned.component, open_set(calls)
     with quiet():
-        model = load_parts(plan.checkpoint, None if name == "unet" else [PART_OF[name]])
-        model = replace(model, modules=narrowing.with_width(model.modules, narrow, planned.axes.width))
-        component = build(name, model.modules, model.spec, planned.axes.model_copy(update={"batch": 1}))
+        original = load_parts(plan.checkpoint, None if name == "unet" else [PART_OF[name]])
+        axes = planned.axes.model_copy(update={"batch": 1})
+        at = partial(narrowing.with_width, original.modules, narrow)
+        model = replace(original, modules=at(axes.width))
+        component = build(name, model.modules, model.spec, axes)
         macs = max(count(component.module, component.example).macs, 1)
         rows = 2 if name == "unet" else 1
         chosen = found.calls(name, limit=max(8, min(CALLS, int(PASS_MACS / macs)) // rows))
+        shared: dict[str, Any] = {}
+        if narrow is not None and name == "unet" and narrowing.stored_mode(plan) == "shared":
+            shared["kept"] = behind_cuts(component)
+        if widest is not None:
+            wide = build(name, at(1.0), model.spec, axes)
+            shared["start"] = start = from_widest(component, wide, axes.width, *read(widest))
+            save_corrections(start.corrections, folder / CORRECTIONS)
         made = quantize(
             component, batches(name, chosen, model.spec), planned.axes.precision,  # type: ignore[arg-type]
             source_sha256=plan.checkpoint.sha256, gate_db=gate,
-            calibration=f"{len(chosen) * rows} rows of {found.info.runs} runs, {found.info.sampler}",
+            calibration=f"{len(chosen) * rows} rows of {found.info.runs} runs, {found.info.sampler}", **shared,
         )  # fmt: skip
-        final = made.plan
+        final, tensors = made.plan, made.tensors
+        if shared:
+            tensors |= own_integers(adjusted(component, tensors), final)
         if name == "unet":
-            simulated = quantized(adjusted(component, made.tensors), final, "simulated")
+            simulated = quantized(adjusted(component, tensors), final, "simulated")
             final = final.model_copy(update={"latents_snr_db": round(_latents_db(plan, model, simulated), 2)})
     (folder / PLAN).write_text(final.model_dump_json(indent=1), encoding="utf-8")
-    save_file({path: tensor.contiguous() for path, tensor in made.tensors.items()}, folder / TENSORS)
+    save_file({path: tensor.contiguous() for path, tensor in tensors.items()}, folder / TENSORS)
 
 
 def _latents_db(plan: BuildPlan, model: LoadedModel, simulated: Component) -> float:

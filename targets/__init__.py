@@ -102,8 +102,8 @@ class Target(Protocol):
     the recipe that `lower` takes; chunked, that a UNet may come in pieces; speed_is_meaningful() -> bool;
     check_plan(component, bytes, axes), which refuses what it cannot hold; coverage(path) -> Coverage, counted in the
     artefact as its runtime executes it;
-    share_widths(wide, narrow, made), which rewrites a narrow artefact to cut the widest one's weights (without it every
-    width is stored whole).
+    share_widths(wide, narrow, made, corrections), which rewrites a narrow artefact to cut the widest one's weights, its
+    int8 layers corrected as given (without it every width is stored whole).
 
     `lower` takes the float component, its weights those the plan was made for (`compress.quantize.adjusted`), and for
     the precisions int8, hybrid and w8 the plan: it writes the integers in the layout its converter takes, counts them

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from edgesd.compress.quantplan import QUANTIZED
+from edgesd.compress.quantplan import OWN_INTEGERS, OWN_SCALES, QUANTIZED
 from edgesd.errors import GateError, RequestError
 from edgesd.targets import Capabilities, Coverage
 
@@ -62,7 +62,7 @@ def expected(component: Component, plan: QuantPlan, float_bytes: int) -> Expecte
         if layer is not None:
             macs[layer.mode] += layer.macs
         for name, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
-            if id(tensor) in seen or name in ("weight_scale", "weight_zero"):
+            if id(tensor) in seen or name in (OWN_INTEGERS, OWN_SCALES, "weight_zero"):
                 continue
             seen.add(id(tensor))
             each = tensor.element_size() if not tensor.is_floating_point() else float_bytes
@@ -93,6 +93,16 @@ def hold(name: str, wanted: Expected, found: Coverage) -> None:
             f"{name} stores {found.weight_bytes} bytes of weights, {found.weight_bytes / wanted.bytes:.3f} times the "
             "plan's", f"up to {MOST_BYTES} times ({wanted.bytes} bytes)",
             "Report this as a bug: a float copy of an int8 weight was kept",
+        )  # fmt: skip
+
+
+def same(name: str, before: Coverage, after: Coverage) -> None:
+    """Raises GateError where an artefact computes with fewer integers on shared weights than it did on its own."""
+    if (after.int8, after.w8, after.floating) != (before.int8, before.w8, before.floating):
+        raise GateError(
+            f"{name} on shared weights computes {_share(after.int8, before.int8)} of its int8 MACs in integers, "
+            f"{_share(after.w8, before.w8)} of the rest with int8 weights", "what it computed on its own",
+            "Choose --width-mode separate, and report this as a bug",
         )  # fmt: skip
 
 

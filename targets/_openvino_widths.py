@@ -9,42 +9,54 @@ from __future__ import annotations
 import hashlib
 import tempfile
 import xml.etree.ElementTree as ElementTree
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from edgesd.compress.inherit import Correction
+from edgesd.compress.layouts import WEIGHT_HIGH
 from edgesd.errors import GateError
+from edgesd.targets._openvino_graph import stored_weight
 from edgesd.targets._sharing import Derived, derive
 
 ALIGNMENT = 64
 
 
-def share(wide: Path, narrow: Path, made: Path) -> tuple[Path, ...]:
+def share(wide: Path, narrow: Path, made: Path, corrections: Sequence[Correction]) -> tuple[Path, ...]:
     """Writes `made` (an .xml beside `wide`) as the model of `narrow` on the weights of `wide`; the files it needs.
 
-    Raises GateError where the two graphs differ in more than their widths.
+    corrections: of its int8 layers. Raises GateError where the two graphs differ in more than their widths.
     """
     import openvino as ov
 
     core = ov.Core()
     whole, small = core.read_model(wide), core.read_model(narrow)
-    theirs, ours = whole.get_ordered_ops(), small.get_ordered_ops()
-    if [op.get_type_name() for op in theirs] != [op.get_type_name() for op in ours]:
+    theirs, ours = _weights(whole), _weights(small)
+    if [kind for kind, _ in theirs] != [kind for kind, _ in ours]:
         raise GateError("graphs of two widths that differ in their operations", "the same operations",
                         "Choose --width-mode separate")  # fmt: skip
     numbers = _Numbers()
-    for source, constant in zip(theirs, ours, strict=True):
-        if constant.get_type_name() == "Constant":
-            array, from_ = np.array(constant.data), np.array(source.data)
-            found = derive(from_, array)
-            if found is not None and (found.cuts or found.codes is not None):
-                constant.output(0).replace(_cut(from_, found, array, numbers).output(0))
+    for (_, source), (_, constant) in zip(theirs, ours, strict=True):
+        array, from_ = np.array(constant.data), np.array(source.data)
+        found = derive(from_, array, corrections)
+        if found is not None and (found.cuts or found.codes is not None):
+            constant.output(0).replace(_cut(from_, found, array, numbers).output(0))
     with tempfile.TemporaryDirectory(dir=made.parent) as scratch:
         graph = Path(scratch) / "model.xml"
         ov.serialize(small, graph)
         _point(graph, graph.with_suffix(".bin"), wide, made)
     return made, wide.with_suffix(".bin")
+
+
+def _weights(model: Any) -> list[tuple[str, Any]]:
+    """(operation, its weight's constant) of all products with a weight, in order of execution.
+
+    What quantizes activations in between is each width's own affair.
+    """
+    found = ((op.get_type_name(), stored_weight(op)) for op in model.get_ordered_ops())
+    return [(kind, weight[0]) for kind, weight in found if weight is not None]
 
 
 class _Numbers:
@@ -81,7 +93,15 @@ def _cut(wide: np.ndarray, found: Derived, narrow: np.ndarray, numbers: _Numbers
     both = both if narrow.size % 2 == 0 else ops.slice(both, numbers(0), numbers(narrow.size), numbers(1), numbers(0))
     steps = ops.subtract(ops.reshape(both, numbers(*narrow.shape), False), numbers(8.0))
     change = ops.multiply(steps, ops.constant(found.scale))
-    total = ops.add(now if narrow.dtype == np.float32 else ops.convert(now, "f32"), change)
+    if found.gain is not None:
+        # Integers that become floats and are multiplied pass for a weight being dequantized, and are not folded: so by
+        # way of another integer.
+        now = ops.multiply(ops.convert(ops.convert(now, "i32"), "f32"), ops.constant(found.gain))
+    elif narrow.dtype != np.float32:
+        now = ops.convert(now, "f32")
+    total = ops.add(now, change)
+    if found.gain is not None:
+        return ops.convert(ops.clamp(ops.round(total, "half_to_even"), -WEIGHT_HIGH, WEIGHT_HIGH), "i8")
     return total if narrow.dtype == np.float32 else ops.convert(total, "f16")
 
 

@@ -2,16 +2,19 @@
 
 A narrow tensor is the leading share of the wide one on each axis that is shorter (or of each of two halves: a gated
 layer's values and gates lie side by side), plus, where the width was restored, a correction of 4 bits an element with
-one scale an output channel (edgesd/compress/widths.py rounds corrections so). `derive` finds both by looking.
+one scale an output channel (edgesd/compress/widths.py rounds corrections so). `derive` finds both by looking. What was
+added to integers cannot be seen once they are rounded: int8 corrections are given (edgesd/compress/inherit.py).
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
 
 import numpy as np
 
+from edgesd.compress.inherit import Correction, corrected
 from edgesd.compress.widths import LEVELS
 
 SMALL = 256  # elements below which a tensor of its own costs less than a slice's description
@@ -22,12 +25,14 @@ BLOCKS = (1, 2)
 class Derived:
     """cuts: per axis that is shorter, (axis, kept in each block, length of a block, blocks). codes: u8, two 4-bit
     values a byte, the first half of the flattened tensor in the high bits, each plus 8; scale: f32, of the narrow
-    tensor's number of axes; both None where the slice is all.
+    tensor's number of axes; both None where the slice is all. gain: what the slice is multiplied with, likewise, of an
+    int8 tensor; else None.
     """
 
     cuts: tuple[tuple[int, int, int, int], ...]
     codes: np.ndarray | None = None
     scale: np.ndarray | None = None
+    gain: np.ndarray | None = None
 
     def starts(self) -> list[list[tuple[int, int, int]]]:
         """For each cut in turn, (axis, start, end) of the pieces that are joined along that axis."""
@@ -41,12 +46,15 @@ class Derived:
         return np.concatenate([self.codes >> 4, self.codes & 15]).astype(np.int8) - 8
 
 
-def derive(wide: np.ndarray, narrow: np.ndarray) -> Derived | None:
-    """How `narrow` comes out of `wide`, exactly or to its dtype's rounding; None where it does not, or is small."""
-    if wide.dtype != narrow.dtype or wide.ndim != narrow.ndim or narrow.size < SMALL or narrow.dtype.kind != "f":
+def derive(wide: np.ndarray, narrow: np.ndarray, corrections: Sequence[Correction] = ()) -> Derived | None:
+    """How `narrow` comes out of `wide`: integers exactly, floats to their dtype's rounding; None where it does not, or
+    is small, or is neither a float nor an int8 tensor. corrections: of the narrow model's int8 layers, in any order."""
+    if wide.dtype != narrow.dtype or wide.ndim != narrow.ndim or narrow.size < SMALL:
+        return None
+    if narrow.dtype.kind != "f" and narrow.dtype != np.int8:
         return None
     shorter = [axis for axis in range(narrow.ndim) if narrow.shape[axis] != wide.shape[axis]]
-    corrected = None
+    other = None
     for blocks in product(BLOCKS, repeat=len(shorter)):
         cuts = tuple(
             (axis, narrow.shape[axis] // n, wide.shape[axis] // n, n) for axis, n in zip(shorter, blocks, strict=True)
@@ -58,8 +66,10 @@ def derive(wide: np.ndarray, narrow: np.ndarray) -> Derived | None:
         piece = cut(wide, found)
         if np.array_equal(piece, narrow):
             return found
-        corrected = _corrected(found, piece, narrow) if corrected is None else corrected
-    return corrected
+        if other is None:
+            is_int8 = narrow.dtype == np.int8
+            other = _given(found, piece, narrow, corrections) if is_int8 else _corrected(found, piece, narrow)
+    return other
 
 
 def cut(wide: np.ndarray, derived: Derived) -> np.ndarray:
@@ -74,8 +84,10 @@ def rebuilt(wide: np.ndarray, derived: Derived) -> np.ndarray:
     piece = cut(wide, derived)
     if derived.codes is None or derived.scale is None:
         return piece
-    flat = derived.steps()[: piece.size].astype(np.float32)
-    return (piece.astype(np.float32) + flat.reshape(piece.shape) * derived.scale).astype(piece.dtype)
+    steps = derived.steps()[: piece.size].astype(np.float32).reshape(piece.shape)
+    if derived.gain is not None:
+        return corrected(piece, Correction(steps, derived.gain, derived.scale))
+    return (piece.astype(np.float32) + steps * derived.scale).astype(piece.dtype)
 
 
 def _corrected(found: Derived, piece: np.ndarray, narrow: np.ndarray) -> Derived | None:
@@ -89,9 +101,7 @@ def _corrected(found: Derived, piece: np.ndarray, narrow: np.ndarray) -> Derived
         scale = (delta * steps).sum(axis=others, keepdims=True) / np.where(energy > 0, energy, 1)  # less rounding
         if np.abs(steps).max() > LEVELS:
             continue
-        codes = np.pad((steps.ravel() + 8).astype(np.uint8), (0, steps.size % 2))
-        half = codes.size // 2
-        made = Derived(found.cuts, codes[:half] << 4 | codes[half:], scale.astype(np.float32))
+        made = Derived(found.cuts, _packed(steps), scale.astype(np.float32))
         if np.abs(rebuilt_from(piece, made) - narrow.astype(np.float32)).max() <= loose * np.abs(narrow).max():
             return made
     return None
@@ -100,3 +110,17 @@ def _corrected(found: Derived, piece: np.ndarray, narrow: np.ndarray) -> Derived
 def rebuilt_from(piece: np.ndarray, derived: Derived) -> np.ndarray:
     """`rebuilt` in float32 from a slice that is cut already."""
     return rebuilt(piece.astype(np.float32), Derived((), derived.codes, derived.scale))
+
+
+def _packed(steps: np.ndarray) -> np.ndarray:
+    codes = np.pad((steps.ravel() + 8).astype(np.uint8), (0, steps.size % 2))
+    half = codes.size // 2
+    return codes[:half] << 4 | codes[half:]
+
+
+def _given(found: Derived, piece: np.ndarray, narrow: np.ndarray, corrections: Sequence[Correction]) -> Derived | None:
+    turned = [one.transposed() for one in corrections if narrow.ndim == 2]
+    for one in (*corrections, *turned):
+        if one.steps.shape == narrow.shape and np.array_equal(corrected(piece, one), narrow):
+            return Derived(found.cuts, _packed(one.steps), one.ratio, one.gain)
+    return None

@@ -26,8 +26,11 @@ from edgesd.targets._memory import give_back
 from edgesd.targets._quiet import quiet
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     import numpy as np
 
+    from edgesd.compress.inherit import Correction
     from edgesd.compress.quantplan import QuantPlan
     from edgesd.manifest import Axes, Manifest, Variant
     from edgesd.models.modules import Component
@@ -56,6 +59,7 @@ MEMORY_BYTES = {"wasm": 2 << 30, "webgpu": 4 << 30}
 
 # onnxruntime's integer kernels; a weight among the inputs of one is computed with as it is stored.
 _INTEGER = ("QLinearConv", "QLinearMatMul", "MatMulIntegerToFloat", "QGemm")
+_WIDENING = ("DequantizeLinear", "Transpose", "Cast")  # between a stored weight and the product that takes it
 
 OPSET = 21
 IR_VERSION = 10  # of opset 21; runtimes refuse versions newer than themselves
@@ -108,11 +112,18 @@ def lower(
     return Lowered(files, component.inputs, component.outputs, lost, plan=plan)
 
 
-def share_widths(wide: Path, narrow: Path, made: Path) -> tuple[Path, ...]:
-    """Writes `made` (beside `wide`) as the graph `narrow` on the weights of `wide`; the files it needs, it first."""
+def share_widths(wide: Path, narrow: Path, made: Path, corrections: Sequence[Correction] = ()) -> tuple[Path, ...]:
+    """Writes `made` (beside `wide`) as the graph `narrow` on the weights of `wide`; the files it needs, it first.
+
+    corrections: of the narrow width's int8 layers. Raises GateError where the two graphs differ in more than their
+    widths, or the shared one computes less in integers.
+    """
     from edgesd.targets._onnx_widths import share
 
-    return share(wide, narrow, made)
+    files = share(wide, narrow, made, corrections)
+    if corrections:
+        _int8.same(made.name, coverage(narrow), coverage(made))
+    return files
 
 
 def forms(precision: str) -> tuple[str, ...]:
@@ -156,25 +167,32 @@ def coverage(path: Path) -> Coverage:
     """Integer kernels as onnxruntime's optimised graph has them, weights and MACs as the file has them."""
     import onnx
 
+    int8 = onnx.TensorProto.INT8
     integers = {name for node in _optimised(path).graph.node if node.op_type in _INTEGER for name in node.input}
     graph = onnx.shape_inference.infer_shapes(onnx.load(path, load_external_data=False)).graph
-    stored = {tensor.name: tensor for tensor in graph.initializer}
-    made_by = {value: node for node in graph.node for value in node.output}
-    shapes = {v.name: [d.dim_value for d in v.type.tensor_type.shape.dim] for v in (*graph.value_info, *graph.output)}
+    values = (*graph.value_info, *graph.output)
+    shapes = {v.name: [d.dim_value for d in v.type.tensor_type.shape.dim] for v in values}
+    types = {v.name: v.type.tensor_type.elem_type for v in values}
+    constant: set[str] = set()  # stored, or made of what is: a narrow width's weights are cut as a graph loads
+    for tensor in graph.initializer:
+        shapes[tensor.name], types[tensor.name] = list(tensor.dims), tensor.data_type
+        constant.add(tensor.name)
+    made_by: dict[str, Any] = {}
     macs: Counter[str] = Counter()
     for node in graph.node:
-        if node.op_type not in ("Conv", "MatMul", "Gemm"):
+        made_by |= dict.fromkeys(node.output, node)
+        if constant.issuperset(node.input):
+            constant.update(node.output)
+        if node.op_type not in ("Conv", "MatMul", "Gemm") or node.input[1] not in constant:
             continue
         source = node.input[1]
-        while source in made_by and made_by[source].op_type in ("DequantizeLinear", "Transpose", "Cast"):
+        while types[source] != int8 and getattr(made_by.get(source), "op_type", "") in _WIDENING:
             source = made_by[source].input[0]
-        if source not in stored:
-            continue  # a product of two activations
-        weight, out = stored[source], shapes[node.output[0]]
-        channels = weight.dims[0] if node.op_type == "Conv" else out[-1]
-        kind = "int8" if source in integers else "w8" if weight.data_type == onnx.TensorProto.INT8 else "floating"
-        macs[kind] += math.prod(out) * math.prod(weight.dims) // channels
-    sizes = (math.prod(t.dims) * onnx.helper.tensor_dtype_to_np_dtype(t.data_type).itemsize for t in stored.values())
+        shape, out = shapes[source], shapes[node.output[0]]
+        channels = shape[0] if node.op_type == "Conv" else out[-1]
+        kind = "int8" if source in integers else "w8" if types[source] == int8 else "floating"
+        macs[kind] += math.prod(out) * math.prod(shape) // channels
+    sizes = (math.prod(t.dims) * onnx.helper.tensor_dtype_to_np_dtype(t.data_type).itemsize for t in graph.initializer)
     return Coverage(**macs, weight_bytes=sum(sizes))
 
 

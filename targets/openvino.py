@@ -15,11 +15,15 @@ from typing import TYPE_CHECKING, Any
 from edgesd.errors import GateError, RequestError, SetupError
 from edgesd.targets import Capabilities, Coverage, Lowered, OpCount, _int8
 from edgesd.targets._memory import give_back
+from edgesd.targets._openvino_graph import stored_weight
 from edgesd.targets._quiet import quiet
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     import numpy as np
 
+    from edgesd.compress.inherit import Correction
     from edgesd.compress.quantplan import QuantPlan
     from edgesd.manifest import Axes, Manifest, Variant
     from edgesd.models.modules import Component
@@ -131,11 +135,18 @@ def open(
     return ComponentSession(directory, manifest, open_variant, **options)
 
 
-def share_widths(wide: Path, narrow: Path, made: Path) -> tuple[Path, ...]:
-    """Writes `made` (beside `wide`) as the graph `narrow` on the weights of `wide`; the files it needs, it first."""
+def share_widths(wide: Path, narrow: Path, made: Path, corrections: Sequence[Correction] = ()) -> tuple[Path, ...]:
+    """Writes `made` (beside `wide`) as the graph `narrow` on the weights of `wide`; the files it needs, it first.
+
+    corrections: of the narrow width's int8 layers. Raises GateError where the two graphs differ in more than their
+    widths, or the shared one computes less in integers.
+    """
     from edgesd.targets._openvino_widths import share
 
-    return share(wide, narrow, made)
+    files = share(wide, narrow, made, corrections)
+    if corrections:
+        _int8.same(made.name, coverage(narrow), coverage(*files))
+    return files
 
 
 def count_operations(path: Path) -> OpCount:
@@ -151,12 +162,15 @@ def count_operations(path: Path) -> OpCount:
     return OpCount({key: count for key, count in counts.items() if key[0] not in ("Input", "Output", "Const")})
 
 
-def coverage(path: Path) -> Coverage:
-    """Integer layers as the CPU plugin runs them with native precision; int8 weights as the file has them."""
+def coverage(path: Path, weights: Path | None = None) -> Coverage:
+    """Integer layers as the CPU plugin runs them with native precision; int8 weights as the file has them.
+
+    weights: the .bin, where its name is not the .xml's.
+    """
     import openvino as ov
 
-    core = ov.Core()
-    model = core.read_model(path)
+    core, weights = ov.Core(), path.with_suffix(".bin") if weights is None else weights
+    model = core.read_model(path, weights)
     layers = [found for op in model.get_ops() if (found := _layer(op)) is not None]
     whole, stored = sum(macs for macs, _ in layers), sum(macs for macs, is_int8 in layers if is_int8)
     integers = 0
@@ -166,23 +180,17 @@ def coverage(path: Path) -> Coverage:
         if kernel in ("Convolution", "FullyConnected") and precision in ("i8", "u8"):
             weight = list(ran.input_value(1).get_shape())
             integers += math.prod(ran.get_output_shape(0)) * math.prod(weight) // weight[0]
-    return Coverage(integers, stored - integers, whole - stored, path.with_suffix(".bin").stat().st_size)
+    return Coverage(integers, stored - integers, whole - stored, weights.stat().st_size)
 
 
 def _layer(op: Any) -> tuple[int, bool] | None:
     """(MACs, whether its weight is stored in int8) of a convolution or linear; None for anything else."""
-    if op.get_type_name() not in ("Convolution", "MatMul"):
+    weight = stored_weight(op)
+    if weight is None:
         return None
-    shape, is_int8 = list(op.input_value(1).get_shape()), False
-    weight = op.input_value(1).get_node()
-    while weight.get_type_name() in ("Convert", "Multiply", "Subtract", "Reshape", "Transpose", "FakeQuantize"):
-        weight = weight.input_value(0).get_node()
-        is_int8 = is_int8 or str(weight.get_output_element_type(0)) in ("<Type: 'int8_t'>", "<Type: 'uint8_t'>")
-    if weight.get_type_name() != "Constant":
-        return None  # a product of two activations
-    out = list(op.get_output_shape(0))
+    shape, out = list(op.input_value(1).get_shape()), list(op.get_output_shape(0))
     channels = shape[0] if op.get_type_name() == "Convolution" else out[-1]
-    return math.prod(out) * math.prod(shape) // channels, is_int8
+    return math.prod(out) * math.prod(shape) // channels, weight[1]
 
 
 def runtime_version() -> str:

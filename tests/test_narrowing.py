@@ -87,21 +87,20 @@ def test_a_width_is_drawn_as_asked_and_another_is_refused(made):
 def test_what_cannot_be_is_refused_before_any_work(target, fields, phrase):
     recipe = make_recipe(target=target, **fields)
     with pytest.raises(RequestError, match=phrase):
-        narrowing.check(recipe, targets.load(target), ["fp32"])
+        narrowing.check(recipe, targets.load(target))
 
 
 @pytest.mark.parametrize("target", ["onnx-web", "openvino"])
-def test_int8_widths_are_separate_and_refused_shared(target):
+def test_int8_widths_are_shared_like_others(target):
     asked = {"target": target, "widths": (1.0, 0.5), "precision": "int8"}
-    assert narrowing.mode(make_recipe(**asked), targets.load(target)) == "separate"
-    narrowing.check(make_recipe(**asked), targets.load(target), ["int8"])
-    with pytest.raises(RequestError, match="shared widths in int8"):
-        narrowing.check(make_recipe(**asked, width_mode="shared"), targets.load(target), ["int8"])
+    assert narrowing.mode(make_recipe(**asked), targets.load(target)) == "shared"
+    narrowing.check(make_recipe(**asked), targets.load(target))
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("mode", ["shared", "separate"])
 @pytest.mark.parametrize("target", ["onnx-web", "openvino"])
-def test_int8_widths_have_plans_of_their_own_and_are_held_to_them(target, tmp_path, monkeypatch):
+def test_int8_widths_have_plans_of_their_own_and_are_held_to_them(target, mode, tmp_path, monkeypatch):
     monkeypatch.setenv("EDGESD_CACHE", str(tmp_path / "cache"))
     inline.install(monkeypatch.setattr)
     monkeypatch.setattr(narrowing, "CALLS", 24)
@@ -109,7 +108,7 @@ def test_int8_widths_have_plans_of_their_own_and_are_held_to_them(target, tmp_pa
     monkeypatch.setattr(quantstages, "PARITY_DB", 6.0)  # of so small and random a model one rounding moves decibels
     fields = {
         "source": tiny.folder("sd1", tmp_path / "tiny"), "precision": "int8", "samplers": ("euler",), "steps": (4, 4),
-        "widths": (0.5, 1.0), "gate_db": 5.0,
+        "widths": (0.5, 1.0), "gate_db": 5.0, "width_mode": mode,
     }  # fmt: skip
     folder = packager.package_all(fields, [target], tmp_path / "out").made[0].path
     manifest = bundle.read(folder).manifest
@@ -121,6 +120,11 @@ def test_int8_widths_have_plans_of_their_own_and_are_held_to_them(target, tmp_pa
     scales = [{layer.name: layer.input.scale for layer in plan.layers if layer.input} for plan in plans]
     assert scales[0] != scales[1]
     assert all(v.status == "executed" and v.snr_db >= v.gate_db for v in (wide, narrow))
+    weights = [{f for f in v.files if f.endswith((".bin", ".data"))} for v in (wide, narrow)]
+    assert bool(weights[0] & weights[1]) == (mode == "shared")
+    stored = sum((folder / f).stat().st_size for f in weights[0] | weights[1])
+    of_one = [plan.weight_bytes() for plan in plans]
+    assert stored < of_one[0] + (0.75 if mode == "shared" else 1.1) * of_one[1] + (16 << 10)
     pipeline = sources.open_bundle(folder)
     same = {"num_inference_steps": 4, "sampler": "euler", "seed": 1}
     one, other = (generate(pipeline, PROMPT, width=w, **same)[0] for w in (1.0, 0.5))

@@ -14,6 +14,7 @@ from edgesd import golden, narrowing, packager, quantstages, targets
 from edgesd.buildplan import make_plan
 from edgesd.calibration.sets import open_set
 from edgesd.compress.quantize import adjusted, quantized
+from edgesd.compress.quantplan import OWN_INTEGERS
 from edgesd.errors import GateError, RequestError
 from edgesd.manifest import Variant
 from edgesd.models.load import load, open_checkpoint
@@ -144,7 +145,7 @@ def test_what_an_artefact_owes_is_its_own_simulation_less_the_margin(prepared, c
 
 def test_a_narrow_width_has_a_plan_of_its_own_and_owes_what_its_own_truth_says(able, checkpoint, tmp_path, monkeypatch):
     monkeypatch.setattr(narrowing, "CALLS", 24)
-    plan = plan_for(checkpoint, tmp_path, widths=(1.0, 0.5))
+    plan = plan_for(checkpoint, tmp_path, widths=(1.0, 0.5), width_mode="separate")
     (narrowest,) = (p for p in plan.artefacts if p.axes.width < 1)
     plan, workers = replace(plan, artefacts=(narrowest,)), Direct(tmp_path)
     narrow = narrowing.made(plan, workers)
@@ -160,6 +161,29 @@ def test_a_narrow_width_has_a_plan_of_its_own_and_owes_what_its_own_truth_says(a
     owed = quantstages.owed_db(component, read, (), tmp_path, narrowest.axes)
     wide = quantstages.owed_db(component, read, (), tmp_path, narrowest.axes.model_copy(update={"width": 1.0}))
     assert owed > wide + 3  # width 1's answers are no truth for it
+
+
+def test_a_shared_narrow_width_is_planned_after_the_widest_and_takes_its_integers(
+    able, checkpoint, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(narrowing, "CALLS", 24)
+
+    def prepare(**fields):
+        plan = plan_for(checkpoint, tmp_path, widths=(1.0, 0.5), **fields)
+        plan = replace(plan, artefacts=tuple(p for p in plan.artefacts if p.component == "unet"))
+        return quantstages.prepare(plan, workers, packager.LIBRARIES, narrowing.made(plan, workers))
+
+    workers = Direct(tmp_path)
+    made = prepare()
+    (wide, theirs), (narrow, mine) = (quantstages.read(made["unet", "int8", width][1]) for width in (1.0, 0.5))
+    assert {x.name for x in wide.layers if x.mode == "float"} <= {x.name for x in narrow.layers if x.mode == "float"}
+    layer = next(x.name for x in narrow.layers if x.mode != "float" and x.name.endswith("attn1.to_q"))
+    integers = mine[f"{layer}.{OWN_INTEGERS}"]
+    assert torch.equal(integers, theirs[f"{layer}.{OWN_INTEGERS}"][: len(integers)])
+    assert len(integers) < len(theirs[f"{layer}.{OWN_INTEGERS}"])
+    assert quantstages.corrections(made).keys() == {("int8", 0.5)}
+    other = prepare(gate_db=6.0)  # another plan of the widest, and so another of what follows it
+    assert {key for key, _ in other.values()}.isdisjoint(key for key, _ in made.values())
 
 
 def test_a_variant_is_held_to_its_own_gate():

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from edgesd.compress.quantplan import HIGH, LOW
+from edgesd.compress.quantplan import HIGH, LOW, OWN_INTEGERS, OWN_SCALES
 from edgesd.errors import SetupError
 
 if TYPE_CHECKING:
@@ -23,21 +23,32 @@ WEIGHT_HIGH = 127  # weights: -127..127, so that their negatives fit
 MAX_BIAS = 2**30
 
 
-def weight_scales(weight: torch.Tensor, bias: torch.Tensor | None, input_scale: float | None) -> torch.Tensor:
-    """Scales of an int8 weight, [out] float32: the largest magnitude of each output channel comes to 127.
+def weight_scales(
+    weight: torch.Tensor, bias: torch.Tensor | None, input_scale: float | None, given: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Scales of an int8 weight, [out] float32: the largest magnitude of each output channel comes to 127, or as given.
 
     A scale grows where the bias, an integer in units of input_scale * scale, would leave no room in an int32
     (input_scale None: a weight-only layer, whose bias stays float). A channel of zeros has a scale all the same.
     """
-    scales = weight.detach().float().flatten(1).abs().amax(1) / WEIGHT_HIGH
+    scales = weight.detach().float().flatten(1).abs().amax(1) / WEIGHT_HIGH if given is None else given
     if bias is not None and input_scale is not None:
         scales = torch.maximum(scales, bias.detach().float().abs() / (input_scale * MAX_BIAS))
     return scales.clamp_min(torch.finfo(torch.float32).tiny * 2**16)
 
 
-def raised_channels(weight: torch.Tensor, bias: torch.Tensor | None, input_scale: float) -> int:
+def grid_of(layer: Any, input_scale: float | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """(weight [out, ...], scales [out]) that a layer's integers come from: of those it brings, else of its weight."""
+    integers, given = getattr(layer, OWN_INTEGERS, None), getattr(layer, OWN_SCALES, None)
+    weight = layer.weight.detach()
+    if integers is not None and given is not None:
+        weight = integers.float() * given.view(-1, *[1] * (integers.ndim - 1))
+    return weight, weight_scales(weight, layer.bias, input_scale, given)
+
+
+def raised_channels(layer: Any, input_scale: float) -> int:
     """Output channels whose scale `weight_scales` raised for the bias."""
-    raised = weight_scales(weight, bias, input_scale) > weight_scales(weight, None, None)
+    raised = grid_of(layer, input_scale)[1] > grid_of(layer, None)[1]
     return int(raised.sum())
 
 
@@ -83,8 +94,7 @@ class _Quantized(nn.Module):
         self.bias = layer.bias
         self.input = plan.input if plan.mode == "int8" else None
         self.output = plan.output if plan.mode == "int8" and outputs else None
-        self.float_weight = layer.weight.detach()
-        self.scales = weight_scales(layer.weight, layer.bias, self.input.scale if self.input is not None else None)
+        self.float_weight, self.scales = grid_of(layer, self.input.scale if self.input is not None else None)
 
     def finish(self) -> _Quantized:
         """Stores the weight as this layout has it."""

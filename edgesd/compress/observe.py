@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from edgesd.compress.calls import Batch
-from edgesd.compress.layouts import dequantized_weight, weight_scales
+from edgesd.compress.layouts import dequantized_weight, grid_of
 from edgesd.compress.moments import require_finite
 from edgesd.compress.quantize import quantizable
 from edgesd.compress.quantplan import HIGH, LOW, Scale
@@ -203,9 +203,9 @@ class _Trials:
         axes = tuple(i for i in range(y.ndim) if i != (1 if isinstance(layer, nn.Conv2d) else y.ndim - 1))
         weight, scales = layer.weight, None
         for name, grid in self.offered.items():
-            wanted = weight_scales(layer.weight, layer.bias, None if grid is None else grid.scale)
+            exact, wanted = grid_of(layer, None if grid is None else grid.scale)
             if scales is None or not torch.equal(scales, wanted):
-                weight, scales = dequantized_weight(layer.weight, wanted), wanted
+                weight, scales = dequantized_weight(exact, wanted), wanted
             missing = y - functional(layer, x if grid is None else on_grid(x, grid), weight)
             self.errors[name] += float(missing.square().sum())
             self.shifts[name] += missing.sum(axes)

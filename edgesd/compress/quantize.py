@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from edgesd.compress.layouts import LAYOUTS
-from edgesd.compress.quantplan import Kind, LayerPlan, Mode, QuantPlan, Scale, Sensitivity
+from edgesd.compress.quantplan import OWN_INTEGERS, OWN_SCALES, Kind, LayerPlan, Mode, QuantPlan, Scale, Sensitivity
 from edgesd.errors import DataError, RequestError
 from edgesd.models.modules import Component
 from edgesd.models.plain import share
@@ -66,7 +66,8 @@ def quantized(
 def adjusted(component: Component, tensors: Mapping[str, torch.Tensor]) -> Component:
     """The component with some parameters replaced, by their paths within its module: smoothed weights, new biases.
 
-    Raises DataError for a tensor that does not fit.
+    A layer's own integers and scales (`quantplan.OWN_INTEGERS`, `OWN_SCALES`) become buffers of it. Raises DataError
+    for a tensor that does not fit.
     """
     module = share(component.module)
     for path, tensor in tensors.items():
@@ -75,6 +76,9 @@ def adjusted(component: Component, tensors: Mapping[str, torch.Tensor]) -> Compo
             layer = module.get_submodule(owner)
         except AttributeError:
             layer = nn.Module()
+        if name in (OWN_INTEGERS, OWN_SCALES) and hasattr(layer, "weight"):
+            layer.register_buffer(name, tensor)
+            continue
         old = getattr(layer, name, None)
         if not hasattr(layer, name) or (old is not None and old.shape != tensor.shape):
             raise DataError(f"an adjusted weight {path} that the model has not", "weights of this model", _AGAIN)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Literal
@@ -10,10 +10,11 @@ from typing import Literal
 import torch
 
 from edgesd.compress.calls import Batch
+from edgesd.compress.inherit import Start
 from edgesd.compress.layouts import raised_channels
 from edgesd.compress.observe import Grids, choose, extents
 from edgesd.compress.quantize import adjusted, quantizable, quantized
-from edgesd.compress.quantplan import LayerPlan, Mode, QuantPlan
+from edgesd.compress.quantplan import OWN_INTEGERS, OWN_SCALES, LayerPlan, Mode, QuantPlan
 from edgesd.compress.sensitivity import Progress, Truth, hold, rank
 from edgesd.compress.smooth import smooth
 from edgesd.models.count import count
@@ -38,7 +39,8 @@ RANK_ROWS, RANK_MACS = 8, 1e12  # what one look at a layer's sensitivity may cos
 
 @dataclass(frozen=True, eq=False)
 class Quantized:
-    """What a component's quantization came to. tensors: smoothed weights and corrected biases by path (`adjusted`).
+    """What a component's quantization came to. tensors: smoothed weights, corrected biases and the integers that layers
+    were given, by path (`adjusted`).
 
     levels: dB of the simulated plan by noise level.
     """
@@ -57,26 +59,28 @@ def quantize(
     calibration: str,
     gate_db: float | None = None,
     smoothing: bool = True,
+    start: Start | None = None,
+    kept: Collection[str] = (),
     progress: Progress = lambda stage, done, total: None,
 ) -> Quantized:
     """Plans a component on recorded calls. gate_db: what one step must reach at every noise level; None: no gate.
 
-    Raises DataError (activations that are not finite: names layer and step), GateError (a gate out of reach).
+    start: another plan's smoothing and integers (`inherit.from_widest`) in place of its own. kept: layers whose columns
+    smoothing leaves alone. Raises DataError (activations that are not finite: names layer and step),
+    GateError (a gate out of reach).
     """
     truth = Truth.of(component, batches)
     seen = extents(component, batches)
-    tensors: dict[str, torch.Tensor] = {}
-    strengths: dict[str, float] = {}
-    smoothed = component
-    if smoothing and precision != "w8":
-        tensors, strengths = smooth(component, batches, seen)
-        smoothed = adjusted(component, tensors)
+    if start is None:
+        start = Start(*smooth(component, batches, seen, kept)) if smoothing and precision != "w8" else Start()
+    smoothed = adjusted(component, start.tensors)
+    if start.tensors:
         seen = extents(smoothed, batches)
     progress("ranges", 0, 1)
     grids = choose(smoothed, batches, seen, list(seen))
     plan = QuantPlan(
         component=component.name, precision=precision, source_sha256=source_sha256, calibration=calibration,
-        layers=_layers(smoothed, grids, precision),
+        layers=_layers(smoothed, grids, precision, start.modes),
     )  # fmt: skip
 
     def build(candidate: QuantPlan) -> Component:
@@ -88,23 +92,29 @@ def quantize(
         levels = truth.snr_db(build(plan))
     else:
         plan, levels = hold(plan, build, truth, gate_db)
-    plan = plan.model_copy(update={"snr_db": round(min(levels.values()), 2), "strengths": strengths})
-    return Quantized(plan, tensors | _biases(smoothed, plan, grids), levels)
+    plan = plan.model_copy(update={"snr_db": round(min(levels.values()), 2), "strengths": start.strengths})
+    tensors = start.tensors | _biases(smoothed, plan, grids)
+    unused = {f"{x.name}.{own}" for x in plan.layers if x.mode == "float" for own in (OWN_INTEGERS, OWN_SCALES)}
+    return Quantized(plan, {path: tensor for path, tensor in tensors.items() if path not in unused}, levels)
 
 
-def _layers(component: Component, grids: Mapping[str, Grids], precision: str) -> tuple[LayerPlan, ...]:
+def _layers(
+    component: Component, grids: Mapping[str, Grids], precision: str, given: Mapping[str, Mode]
+) -> tuple[LayerPlan, ...]:
     macs = count(component.module, component.example).by_module
     kinds = quantizable(component.module)
     made = []
     for name, chosen in grids.items():
         layer = component.module.get_submodule(name)
         mode, why = _mode(component.name, name, kinds[name], precision)
+        if (first := given.get(name, mode)) != mode:
+            mode, why = first, f"{first} at the widest"
         made.append(
             LayerPlan(
                 name=name, kind=kinds[name], mode=mode, why=why if why else f"range by {chosen.method}",
                 input=chosen.input, output=chosen.output, macs=macs.get(name, 0),
                 params=sum(p.numel() for p in layer.parameters()),
-                raised=raised_channels(layer.weight, layer.bias, chosen.input.scale),  # type: ignore[arg-type]
+                raised=raised_channels(layer, chosen.input.scale),
             )
         )  # fmt: skip
     return tuple(made)

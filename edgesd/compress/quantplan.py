@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from edgesd.targets import Capabilities
 
 LOW, HIGH = -128, 127  # activations
+# Buffers of a layer that brings its integers, as a narrow width's does (edgesd/compress/inherit.py).
+OWN_INTEGERS, OWN_SCALES = "weight_int8", "weight_scale"
 QUANTIZED = ("int8", "hybrid", "w8")  # precisions that come with a plan
 Mode = Literal["int8", "w8", "float"]
 Kind = Literal["conv", "linear"]

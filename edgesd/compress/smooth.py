@@ -6,7 +6,7 @@ its weights. Norms with gains, the value half of attention and of GEGLU, and wha
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -85,13 +85,15 @@ def _affine(source: Any) -> bool:
 
 
 def smooth(
-    component: Component, batches: Sequence[Batch], found: Mapping[str, Extent]
+    component: Component, batches: Sequence[Batch], found: Mapping[str, Extent], kept: Collection[str] = ()
 ) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
     """(changed parameters by path, strength chosen by source): per fold the strength of least error of its consumers.
 
-    found: `extents` of the component as it is. A fold that smoothing does not help is left alone.
+    found: `extents` of the component as it is. kept: layers whose columns stay. A fold that smoothing does not help is
+    left alone.
     """
-    trials = {fold: _trials(component, fold, found) for fold in find_folds(component.module) if _seen(fold, found)}
+    folds = [fold for fold in find_folds(component.module) if _seen(fold, found) and not {*fold.consumers} & {*kept}]
+    trials = {fold: _trials(component, fold, found) for fold in folds}
     by_consumer = {name: trial for fold, trial in trials.items() for name in fold.consumers}
 
     def arrive(name: str, layer: Any, x: torch.Tensor, y: torch.Tensor) -> None:

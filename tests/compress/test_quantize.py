@@ -84,9 +84,11 @@ def test_no_weight_or_bias_leaves_its_integers(seed, input_scale, size):
 
 
 def test_a_channel_raised_for_its_bias_is_counted():
-    weight, bias = torch.full((2, 4), 1e-9), torch.tensor([1.0, 0.0])
-    assert raised_channels(weight, bias, 1e-3) == 1
-    assert raised_channels(weight, None, 1e-3) == 0
+    layer = nn.Linear(4, 2).requires_grad_(False)
+    layer.weight[:], layer.bias[:] = 1e-9, torch.tensor([1.0, 0.0])
+    assert raised_channels(layer, 1e-3) == 1
+    layer.bias = None
+    assert raised_channels(layer, 1e-3) == 0
 
 
 def test_weight_only_layers_leave_activations_alone():
