@@ -105,8 +105,17 @@ def test_a_shared_width_equals_its_torch_model_and_stores_no_weight_twice(name, 
     assert tiny.snr_db(truth, run(name, made, inputs)) > (90 if precision == "fp32" else 45)
 
 
-@pytest.mark.parametrize("demoted", [False, True])
-@pytest.mark.parametrize("precision", ["int8", "hybrid", "w8"])
+@pytest.mark.parametrize(
+    ("precision", "demoted"),
+    [
+        ("int8", True),
+        ("w8", False),
+        *(
+            pytest.param(p, d, marks=pytest.mark.slow)
+            for p, d in [("int8", False), ("hybrid", False), ("hybrid", True), ("w8", True)]
+        ),
+    ],
+)
 @pytest.mark.parametrize("name", SHARING)
 def test_a_shared_int8_width_is_the_model_its_plan_describes(name, precision, demoted, unets, tmp_path):
     """demoted: the narrow width alone computes a layer in float arithmetic; its integers are shared all the same.
