@@ -96,10 +96,20 @@ class BuildPlan:
     @property
     def pruning_peak_bytes(self) -> int:
         """Of the process that prunes the UNet, predicted."""
-        spec, config = self.checkpoint.spec, _unet_config(self.checkpoint)
+        spec = self.checkpoint.spec
         values = pruning.fitting_calls(self.dense_unet_params, spec) * pruning.latent_positions(spec)
-        channels = config["block_out_channels"][0]
-        return memory.pruning_peak(self.params, self.dense_unet_params, values * channels)
+        return memory.pruning_peak(self.params, self.dense_unet_params, values * self._first_channels)
+
+    @property
+    def planning_peak_bytes(self) -> int:
+        """Of the process that plans the UNet's int8, predicted."""
+        positions = pruning.latent_positions(self.checkpoint.spec)
+        values = max(2 * positions, 8 * min(positions, 1024))  # rows: 8, of large pictures 2 (`compress.quantizing`)
+        return memory.planning_peak(self.params, self.dense_unet_params, values * self._first_channels)
+
+    @property
+    def _first_channels(self) -> int:
+        return _unet_config(self.checkpoint)["block_out_channels"][0]
 
 
 def make_plan(recipe: Recipe, checkpoint: Checkpoint, output: Path) -> BuildPlan:

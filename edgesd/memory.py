@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from edgesd.compress.quantplan import QUANTIZED
 from edgesd.errors import RequestError
 from edgesd.manifest import Downgrade
 
@@ -27,6 +28,10 @@ PIXEL_BYTES = 4096  # what a full VAE's activations take for each pixel of the p
 # What pruning keeps side by side, for each recorded UNet row, latent position and channel of the first block: with 480
 # rows of the embedded model it took 2.6 GiB in all.
 LANE_BYTES = 245
+# What a plan for int8 takes with its libraries, and for each row that sensitivities rest on, latent position and
+# channel of the first block: the graph of a backward pass.
+PLANNING_BYTES, GRAPH_LANE_BYTES = 1000 << 20, 1100
+PLANNING = "planning the UNet's int8"
 OWN_BYTES = 500 << 20  # this process beside its children: configs read, shapes counted
 GIB = 1 << 30
 
@@ -53,6 +58,12 @@ def pruning_peak(params: int, unet_params: int, values: int) -> int:
     return REFERENCE_BYTES + 4 * (params + unet_params) + LANE_BYTES * values
 
 
+def planning_peak(params: int, unet_params: int, values: int) -> int:
+    """The same of the process that plans a UNet in int8: the model, the UNet once more on its grids, and one backward
+    pass. values: rows that sensitivities rest on x latent positions x channels of the first block."""
+    return PLANNING_BYTES + 4 * (params + unet_params) + GRAPH_LANE_BYTES * values
+
+
 def fit(plan: BuildPlan) -> BuildPlan:
     """The plan as it is made within its recipe's max_ram_bytes; itself without one, or where it fits.
 
@@ -66,10 +77,11 @@ def fit(plan: BuildPlan) -> BuildPlan:
             return smaller
     least = min(map(needed, _smaller(plan, 0)))
     what, peak = max(processes(replace(plan, one_at_a_time=True)), key=lambda process: process[1])
+    others = "--profile quality, " if what == PLANNING else ""
     raise RequestError(
         f"{what} takes about {(peak + OWN_BYTES) / GIB:.1f} GiB to package for {plan.recipe.target} (predicted)",
         f"--max-ram of {limit / GIB:.1f} GiB",
-        f"Allow {math.ceil(least / GIB * 10) / 10:.1f} GiB, or choose a smaller model or --vae tiny",
+        f"Allow {math.ceil(least / GIB * 10) / 10:.1f} GiB, or choose {others}a smaller model or --vae tiny",
     )
 
 
@@ -79,9 +91,11 @@ def needed(plan: BuildPlan) -> int:
 
 
 def processes(plan: BuildPlan) -> Iterator[tuple[str, int]]:
-    """What each process of a build is for, and the bytes it holds at most, predicted; int8's plans are not in it."""
+    """What each process of a build is for, and the bytes it holds at most, predicted."""
     if plan.recipe.prune is not None:
         yield "pruning the UNet", plan.pruning_peak_bytes
+    if any(planned.axes.precision in QUANTIZED for planned in plan.artefacts):
+        yield PLANNING, plan.planning_peak_bytes
     yield "the float32 reference", plan.reference_peak_bytes
     for planned in plan.artefacts:
         yield f"{planned.component} {planned.axes.precision}", planned.peak_bytes
@@ -99,7 +113,8 @@ def _smaller(plan: BuildPlan, limit: int) -> Iterator[BuildPlan]:
         return
     peaks: dict[tuple[str, str], int] = {}
     for planned in plan.artefacts:
-        peaks[_flavour(planned)] = max(peaks.get(_flavour(planned), 0), planned.peak_bytes)
+        planning = plan.planning_peak_bytes if planned.axes.precision in QUANTIZED else 0
+        peaks[_flavour(planned)] = max(peaks.get(_flavour(planned), 0), planned.peak_bytes, planning)
     for flavour in sorted(peaks, key=lambda each: -peaks[each])[:-1]:  # one always stays
         kept = tuple(p for p in plan.artefacts if _flavour(p) != flavour)
         if {p.component for p in kept} != {p.component for p in plan.artefacts}:

@@ -69,6 +69,16 @@ def test_what_was_asked_for_by_name_is_refused_instead(plan):
         memory.fit(heavy_fp32(plan("onnx-web", precision="fp32", max_ram_bytes=limit)))
 
 
+def test_planning_int8_counts_and_may_be_what_is_left_out(plan):
+    whole = plan("onnx-web", profile="balanced")
+    assert memory.needed(whole) == memory.OWN_BYTES + whole.planning_peak_bytes
+    assert memory.needed(plan("onnx-web")) < memory.needed(whole)
+    fitted = memory.fit(plan("onnx-web", profile="balanced", max_ram_bytes=memory.needed(whole) - GIB // 4))
+    assert [d.what for d in fitted.downgrades] == ["no int8 wasm"]
+    with pytest.raises(RequestError, match=r"planning the UNet's int8 takes about .*--profile quality"):
+        memory.fit(plan("openvino", profile="balanced", max_ram_bytes=memory.needed(whole) - GIB // 4))
+
+
 @pytest.mark.parametrize("target", ["openvino", "onnx-web", "tflite", "coreml"])
 def test_a_refusal_names_the_smallest_limit_that_works(target, plan):
     with pytest.raises(RequestError, match=r"--max-ram of 0\.2 GiB") as refused:

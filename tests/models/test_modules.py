@@ -9,7 +9,7 @@ import torch
 from edgesd.errors import RequestError
 from edgesd.manifest import Axes
 from edgesd.models import modules as m
-from edgesd.models.plain import instance_norms
+from edgesd.models.plain import attention, instance_norms
 
 AXES = Axes(size_px=tiny.SIZE_PX, batch=2)
 
@@ -156,3 +156,16 @@ def test_unknown_conditioning_is_refused():
     parts["unet"].register_to_config(class_embed_type="timestep")
     with pytest.raises(RequestError, match="class_embed_type"):
         m.build("unet", parts, tiny.spec(), AXES)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_attention_is_the_same_where_gradients_flow_and_keeps_no_map_of_it(masked):
+    generator = torch.Generator().manual_seed(0)
+    query, key, value = (torch.randn(2, length, 32, generator=generator) for length in (96, 80, 80))
+    mask = torch.full((96, 80), -1e4).triu(1) if masked else None
+    truth = attention(query, key, value, 4, 0.3, mask)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.numel()) or x, lambda x: x):
+        made = attention(query.requires_grad_(True), key, value, 4, 0.3, mask)
+    torch.testing.assert_close(made, truth, rtol=1e-5, atol=1e-5)
+    assert max(kept) < 2 * 4 * 96 * 80
