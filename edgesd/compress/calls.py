@@ -20,6 +20,7 @@ PARTS = {
 }  # fmt: skip
 MAX_BATCH = 24
 MAX_LATENTS = 24 * 16 * 16  # latent positions a batch holds, so that SD 1.5 runs call by call
+POSITION_PIXELS = 64  # of a latent position, for VAEs' pictures
 
 
 class Recorded(Protocol):
@@ -127,8 +128,9 @@ def _kind(call: Recorded) -> tuple:
 
 
 def _fitting(call: Recorded) -> int:
-    sample = call.inputs.get("sample")
-    return MAX_BATCH if sample is None else max(1, min(MAX_BATCH, MAX_LATENTS // sample[0, 0].size))
+    planes = {name: x[0, 0].size for name, x in call.inputs.items() if name in ("sample", "latents", "image")}
+    positions = {name: size // (POSITION_PIXELS if name == "image" else 1) for name, size in planes.items()}
+    return max(1, min(MAX_BATCH, MAX_LATENTS // max(1, *positions.values()))) if positions else MAX_BATCH
 
 
 def _batch(component: str, calls: Sequence[Recorded], spec: ModelSpec | None) -> Batch:

@@ -35,6 +35,7 @@ ENDS = {
     "vae_encoder": ("*conv_in", "*conv_out", "quant_conv", "encoder.layers.0"),
 }
 RANK_ROWS, RANK_MACS = 8, 1e12  # what one look at a layer's sensitivity may cost: rows of calls, MACs
+RANK_PX = 128  # of a VAE's picture: of a larger one a corner, or its backward passes take tens of GB and of minutes
 
 
 @dataclass(frozen=True, eq=False)
@@ -144,8 +145,11 @@ def _biases(component: Component, plan: QuantPlan, grids: Mapping[str, Grids]) -
 def _few(component: Component, batches: Sequence[Batch]) -> list[Batch]:
     """Rows from the whole span of timesteps, both ends among them, as many as a look at each layer may cost.
 
-    8, of a large model's large pictures 2.
+    8, of a large model's large pictures 2. Of a VAE's large pictures a corner.
     """
+    side = None
+    if component.name.startswith("vae"):
+        side = RANK_PX // max(1, component.outputs[0].shape[-1] // component.inputs[0].shape[-1])
     each = count(component.module, component.example).macs
     wanted = max(2, min(RANK_ROWS, int(RANK_MACS / max(each, 1))))
     rows = [
@@ -157,7 +161,10 @@ def _few(component: Component, batches: Sequence[Batch]) -> list[Batch]:
     chosen = {rows[round(i * (len(rows) - 1) / (wanted - 1))][1:] for i in range(wanted)}
     kept = {lot: [row for at, row in sorted(chosen) if at == lot] for lot, _ in sorted(chosen)}
     return [
-        batches[lot].with_inputs({k: x[rows] for k, x in batches[lot].inputs.items()}) for lot, rows in kept.items()
+        batches[lot].with_inputs(
+            {k: x[rows] if side is None else x[rows][..., :side, :side] for k, x in batches[lot].inputs.items()}
+        )
+        for lot, rows in kept.items()
     ]
 
 

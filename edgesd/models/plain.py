@@ -100,8 +100,8 @@ def attention(
     """softmax(scale q k^T + mask) v by head, [B,S,heads*d] in and out (Vaswani et al. 2017)."""
     batch, length, width = query.shape
     if query.requires_grad:  # never so in an export; where gradients flow, no map [S,S] waits for the way back
-        split = (x.unflatten(2, (heads, -1)).transpose(1, 2) for x in (query, key, value))
-        made = nn.functional.scaled_dot_product_attention(*split, attn_mask=mask, scale=scale)
+        q, k, v = (x.unflatten(2, (heads, -1)).transpose(1, 2) for x in (query, key, value))
+        made = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
         return made.transpose(1, 2).flatten(2)
     # The query is scaled before the product: scores then stay within float16 (SD 2.x overflows the other way round).
     query = (query * scale).reshape(batch, length, heads, -1).transpose(1, 2)
