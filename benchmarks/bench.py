@@ -205,6 +205,7 @@ def measure(asked: argparse.Namespace) -> int:
 def write(work: Path, journal: Journal) -> None:
     """WORK/bench.json: the facts of the run, every visit, and what comes of them."""
     facts = json.loads((work / "facts.json").read_text(encoding="utf-8"))
+    facts["settings"] = {key: value for key, value in facts["settings"].items() if key != "model"}  # where it lies here
     data = {"format": FORMAT, **facts, "visits": list(journal.lines.values())}
     data["rows"] = {part: tables.compared(data, part) for part in ("unet", "picture")}
     data |= {"packaged": tables.packaged(data), "curves": tables.curves(data), "goals": tables.goals(data)}
