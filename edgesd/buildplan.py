@@ -91,7 +91,7 @@ class BuildPlan:
     @property
     def peak_bytes(self) -> int:
         """Of the largest process, predicted."""
-        return max(peak for _, peak in memory.processes(self))
+        return memory.largest(self)[1]
 
     @property
     def pruning_peak_bytes(self) -> int:

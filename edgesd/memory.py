@@ -76,7 +76,7 @@ def fit(plan: BuildPlan) -> BuildPlan:
         if needed(smaller) <= limit:
             return smaller
     least = min(map(needed, _smaller(plan, 0)))
-    what, peak = max(processes(replace(plan, one_at_a_time=True)), key=lambda process: process[1])
+    what, peak = largest(replace(plan, one_at_a_time=True))
     others = "--profile quality, " if what == PLANNING else ""
     raise RequestError(
         f"{what} takes about {(peak + OWN_BYTES) / GIB:.1f} GiB to package for {plan.recipe.target} (predicted)",
@@ -99,6 +99,11 @@ def processes(plan: BuildPlan) -> Iterator[tuple[str, int]]:
     yield "the float32 reference", plan.reference_peak_bytes
     for planned in plan.artefacts:
         yield f"{planned.component} {planned.axes.precision}", planned.peak_bytes
+
+
+def largest(plan: BuildPlan) -> tuple[str, int]:
+    """Of `processes`, the one that holds most."""
+    return max(processes(plan), key=lambda process: process[1])
 
 
 def _smaller(plan: BuildPlan, limit: int) -> Iterator[BuildPlan]:

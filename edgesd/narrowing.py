@@ -2,7 +2,7 @@
 
 narrow = made(plan, workers)            None for width 1 alone; else the folder of a finished stage
 modules = with_width(modules, narrow, axes.width)
-variants = shared(plan, folder, variants)     mode "shared": weights stored once
+variants = shared(plan, folder, variants, corrections)     mode "shared": weights stored once
 quality = told(narrow, …)               what a width saves and loses, for the manifest
 """
 

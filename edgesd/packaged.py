@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from edgesd.buildplan import BuildPlan
 from edgesd.devices import Fit, find, predict
 from edgesd.manifest import Manifest
-from edgesd.memory import processes
+from edgesd.memory import largest
 from edgesd.parity import describe
 from edgesd.sheet import Section, decibels, duration, render, size
 
@@ -100,9 +100,8 @@ class Packaged:
         for plan in self.plans:
             rows = tuple((p.component, describe(p.axes), size(p.bytes), size(p.peak_bytes)) for p in plan.artefacts)
             note = f"{plan.destination}: about {size(plan.bytes)}; tables: {', '.join(plan.samplers)}"
-            note += (
-                f"\nmost memory: {size(plan.peak_bytes)}, {max(processes(plan), key=lambda one: one[1])[0]} (predicted)"
-            )
+            what, peak = largest(plan)
+            note += f"\nmost memory: {size(peak)}, {what} (predicted)"
             note = "\n".join([note, *plan.notes, *(fit.describe() for fit in _fits(plan))])
             columns = ("component", "variant", "size (predicted)", "peak memory (predicted)")
             sections.append(Section(f"{plan.recipe.target}, dry run: nothing was made", columns, rows, note))

@@ -135,12 +135,12 @@ def test_what_falls_short_is_not_shipped(made, tmp_path, monkeypatch):
 
 
 def test_a_dry_run_predicts_and_makes_nothing(tmp_path):
-    result = packager.package_all({}, ["openvino"], tmp_path, dry_run=True)
+    result = packager.package_all({"profile": "quality"}, ["openvino"], tmp_path, dry_run=True)
     told = result.to_json()
     assert told["dry_run"]
     assert not told["bundles"]
     assert not list(tmp_path.iterdir())
-    assert told["plans"][0]["predicted_peak_bytes"] > told["plans"][0]["predicted_bytes"] > 15_000_000
+    assert told["plans"][0]["predicted_peak_bytes"] > told["plans"][0]["predicted_bytes"] > 25_000_000
 
 
 def test_predicted_sizes_and_memory_hold(made):

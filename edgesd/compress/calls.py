@@ -128,9 +128,10 @@ def _kind(call: Recorded) -> tuple:
 
 
 def _fitting(call: Recorded) -> int:
-    planes = {name: x[0, 0].size for name, x in call.inputs.items() if name in ("sample", "latents", "image")}
-    positions = {name: size // (POSITION_PIXELS if name == "image" else 1) for name, size in planes.items()}
-    return max(1, min(MAX_BATCH, MAX_LATENTS // max(1, *positions.values()))) if positions else MAX_BATCH
+    for name, pixels in (("sample", 1), ("latents", 1), ("image", POSITION_PIXELS)):
+        if name in call.inputs:
+            return max(1, min(MAX_BATCH, MAX_LATENTS * pixels // call.inputs[name][0, 0].size))
+    return MAX_BATCH
 
 
 def _batch(component: str, calls: Sequence[Recorded], spec: ModelSpec | None) -> Batch:
