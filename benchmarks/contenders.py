@@ -49,6 +49,9 @@ ARTEFACTS: dict[str, Artefact] = {
     "edgesd-onnx-web-int8": _package("onnx-web", "--precision", "int8"),
     "edgesd-openvino-fp16": _package("openvino", "--precision", "fp16"),
     "edgesd-openvino-fp32": _package("openvino", "--precision", "fp32"),
+    "edgesd-openvino-tiny": Artefact(
+        "edgesd", {"target": "openvino", "flags": ["--precision", "fp16"], "tiny_vae": True}
+    ),
     "edgesd-openvino-int8": _package("openvino", "--precision", "int8"),
     "edgesd-openvino-int8-p25": _package("openvino", "--precision", "int8", "--prune", PRUNED),
     "edgesd-openvino-widths": _package(
@@ -99,6 +102,7 @@ CONTENDERS: dict[str, Contender] = {
     "edgesd-onnx-web-int8": _edgesd("edgesd onnx-web int8", "edgesd-onnx-web-int8"),
     "edgesd-openvino-fp32": _edgesd("edgesd openvino fp32, float32 arithmetic", "edgesd-openvino-fp32"),
     "edgesd-openvino-fp16": _edgesd("edgesd openvino fp16, native arithmetic", "edgesd-openvino-fp16", native=True),
+    "edgesd-openvino-tiny": _edgesd("the same, tiny VAE", "edgesd-openvino-tiny", native=True),
     "edgesd-openvino-int8": _edgesd("edgesd openvino int8, float32 rest", "edgesd-openvino-int8"),
     "edgesd-openvino-int8-native": _edgesd("edgesd openvino int8, native rest", "edgesd-openvino-int8", native=True),
     "edgesd-openvino-int8-p25": _edgesd(
@@ -120,11 +124,12 @@ PACKAGED: tuple[tuple[str, str], ...] = (
     ("onnx-plain", "edgesd-onnx-web-fp32"),
 )
 
+PROFILED = ("edgesd-openvino-fp16", "edgesd-openvino-int8-native", "edgesd-openvino-int8-p25")
 SCALED = ("diffusers-fp32", "edgesd-openvino-fp16", "edgesd-openvino-int8-p25")
 WIDE = "edgesd-openvino-widths"  # the contender of the width curve, not one of the others
 SCALED_WIDE = _edgesd("edgesd openvino fp16, three widths", WIDE, native=True)
 CURVES: dict[str, tuple[Any, ...]] = {
-    "size_px": ((256, 256), (384, 384), (512, 512)),
+    "size_px": (0.5, 0.75, 1.0),  # of the settings' sides
     "steps": (4, 8, 16),
     "count": (1, 2, 4),
     "width": WIDTHS,

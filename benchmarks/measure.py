@@ -41,8 +41,8 @@ def make_job(visit: Visit, settings: dict[str, Any], work: Path, artefact: Path 
     options = {key: value for key, value in visit.options.items() if key in OVERWRITTEN}
     job = {**settings, "count": 1, "width": 1.0, **one.how, **options}
     job["kind"] = one.kind
-    job["part"] = "make" if making else "unet" if visit.part == "unet" else "picture"
-    job["repeats"] = settings["calls"] if visit.part == "unet" else settings["pictures"]
+    job["part"] = "make" if making else "picture" if visit.part == "scaling" else visit.part
+    job["repeats"] = settings["pictures"] if job["part"] == "picture" else settings["calls"]
     name = visit.name if making else getattr(one, "artefact", "")
     if artefact is None and name:
         artefact = artefact_folder(work, name, job["size_px"])
@@ -57,7 +57,7 @@ def run_visit(visit: Visit, settings: dict[str, Any], work: Path, pythons: dict[
         return _script(visit, settings, work, pythons[False])
     making = visit.part in ("make", "package")
     one = who.ARTEFACTS[visit.name] if making else who.find(visit.name)
-    if not making and visit.part != "scaling" and visit.part not in one.parts:
+    if not making and visit.part in ("unet", "picture") and visit.part not in one.parts:
         return {"failed": one.without}
     if not Path(pythons[one.peers]).exists():
         return {"failed": "the peers' environment is not there: python benchmarks/bench.py peers WORK"}

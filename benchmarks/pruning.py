@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import json
 import platform
+import subprocess
+import sys
 import time
 from functools import lru_cache, partial
 from importlib.metadata import version
@@ -26,6 +28,8 @@ from edgesd.files import write_whole
 
 CAPPED = 256  # captions for points of the curve alone, and for criteria so far below that more change no ordering
 
+FLAGS = {"ratio": "ratio", "importance": "importance", "restoration": "restore", "allocation": "allocation"}
+HEADS = {"ratio": 0.0746, "allocation": "uniform", "protect": ["*resnets*", "*.ff"]}  # 8 to 4 in every attention
 NOTHING = {"restoration": "none", "allocation": "uniform"}
 CRITERIA: dict[str, dict[str, Any]] = {
     "random": {"importance": "random", **NOTHING},
@@ -41,13 +45,17 @@ VARIANTS: dict[str, dict[str, Any]] = {
     **{f"{name} {r:.0%}": {"ratio": r, **how} for r in (0.25, 0.4) for name, how in CRITERIA.items()},
     "obs, ls, global 40% of parameters": {"ratio": 0.4, "budget": "params"},
     **{f"{name} {r:.0%}": {"ratio": r, **CRITERIA[name]} for r in (0.125, 0.5) for name in LINES},
+    "half the heads, l1": {**HEADS, "importance": "l1", "restoration": "none"},
+    "half the heads, obs, ls": HEADS,
+    "obs, ls, global 7%": {"ratio": HEADS["ratio"]},
+    **{f"{name} 40%, recovered": {"ratio": 0.4, **CRITERIA[name], "minutes": 10} for name in ("l1", "obs, ls, global")},
 }
 MAIN = [name for name, how in VARIANTS.items() if how.get("ratio") not in (0.125, 0.5)]
 
 
 def limit(name: str) -> int:
     """Captions that a variant is drawn for at most."""
-    far_below = VARIANTS[name].get("restoration") in ("none", "bias")
+    far_below = VARIANTS[name].get("restoration") in ("none", "bias") and "minutes" not in VARIANTS[name]
     return CAPPED if far_below or name not in MAIN else CAPTIONS
 
 
@@ -85,7 +93,10 @@ def _make(work: Path, name: str, folder: Path) -> dict[str, Any]:
     model, how = embedded(), VARIANTS[name]
     began = time.perf_counter()
     modules, facts = model.modules, {"how": how, "macs_off": 0.0, "params_off": 0.0, "snr_db": None}
-    if how:
+    if "minutes" in how:
+        modules, off = recovered(work, name)
+        facts |= off | {"snr_db": one_step_snr_db(work, modules["unet"])}
+    elif how:
         with patch("edgesd.compress.prune.collect", lambda *_: dict(surveyed(work))):
             pruned = prune(model, calls=calibration(work).calls("unet"), **how)
         modules, plan = {**modules, "unet": pruned.module}, pruned.plan
@@ -95,6 +106,28 @@ def _make(work: Path, name: str, folder: Path) -> dict[str, Any]:
     axes = Axes(size_px=model.spec.defaults.size_px, batch=2 * TOGETHER, precision="fp32")
     openvino.lower(build("unet", modules, model.spec, axes), axes, folder)
     return facts
+
+
+def recovered(work: Path, name: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Modules pruned, then trained against the dense ones for so many minutes, by the commands a user gives."""
+    from edgesd.compress.plan import PrunePlan
+    from edgesd.models.load import embedded_folder, load
+    from edgesd.models.saving import sidecar_of
+
+    how, folder = VARIANTS[name], work / "recovery" / paired.slug(name)
+    cut, out = folder / "pruned", folder / "recovered"
+    edgesd = [sys.executable, "-m", "edgesd"]
+    flags = [f"--{flag}={how[key]}" for key, flag in FLAGS.items() if key in how]
+    if not cut.exists():
+        subprocess.run([*edgesd, "prune", *flags, "-o", str(cut)], check=True)
+    if not out.exists():
+        teacher = ["--teacher", str(embedded_folder())]
+        subprocess.run(
+            [*edgesd, "finetune", str(cut), *teacher, f"--minutes={how['minutes']}", "-o", str(out)], check=True
+        )
+    model = load(str(out))
+    plan = PrunePlan.model_validate(sidecar_of(model)["pruned"]["unet"])
+    return model.modules, {f"{kind}_off": share for kind, share in plan.off().items()}
 
 
 def one_step_snr_db(work: Path, module: Any) -> float:

@@ -34,7 +34,7 @@ def timed(visit: Row) -> list[float]:
     return visit["seconds"] if visit["seconds"] else [visit["first_s"]]
 
 
-def _spread(values: Sequence[float]) -> Spread | None:
+def spread_of(values: Sequence[float]) -> Spread | None:
     return spread(values).to_json() if values else None
 
 
@@ -51,10 +51,10 @@ def _row(data: Row, part: str, name: str) -> Row:
     if not ran:
         return row | {"failed": _reason(data, name, visits)}
     return row | {
-        "seconds": _spread([s for v in ran for s in timed(v)]),
-        "cold_s": _spread([v["cold_s"] for v in ran]),
-        "load_s": _spread([v["load_s"] for v in ran]),
-        "peak_bytes": _spread([v["peak_bytes"] for v in ran]),
+        "seconds": spread_of([s for v in ran for s in timed(v)]),
+        "cold_s": spread_of([v["cold_s"] for v in ran]),
+        "load_s": spread_of([v["load_s"] for v in ran]),
+        "peak_bytes": spread_of([v["peak_bytes"] for v in ran]),
         "bytes": ran[-1]["bytes"],
         "ratio": ratio(entries(data, part, who.BASE), visits),
         "macs": ran[-1].get("macs"),
@@ -77,7 +77,7 @@ def ratio(base: Sequence[Row], other: Sequence[Row], figure: Callable[[Row], flo
     of = (lambda visit: statistics.median(timed(visit))) if figure is None else figure
     by_round = {v["round"]: of(v) for v in done(base)}
     found = [by_round[v["round"]] / of(v) for v in done(other) if v["round"] in by_round]
-    return _spread(found)
+    return spread_of(found)
 
 
 def packaged(data: Row) -> list[Row]:
@@ -90,8 +90,8 @@ def packaged(data: Row) -> list[Row]:
         row: Row = {"theirs": theirs, "ours": ours}
         for side, visits in zip(("theirs", "ours"), both, strict=True):
             ran = done(visits)
-            row[f"{side}_s"] = _spread([v["wall_s"] for v in ran])
-            row[f"{side}_bytes"] = _spread([v["peak_bytes"] for v in ran])
+            row[f"{side}_s"] = spread_of([v["wall_s"] for v in ran])
+            row[f"{side}_bytes"] = spread_of([v["peak_bytes"] for v in ran])
             if not ran:
                 row[f"{side}_failed"] = visits[-1]["failed"] if visits else "not reached yet"
         row["time_ratio"] = ratio(*both, figure=lambda v: v["wall_s"])
@@ -111,8 +111,8 @@ def curves(data: Row) -> list[Row]:
         for axis, value in (plain if plain else {"size_px": data["settings"]["size_px"]}).items():
             row: Row = {"axis": axis, "value": value, "name": name, "rounds": len(ran)}
             if ran:
-                row["seconds"] = _spread([s for v in ran for s in timed(v)])
-                row["peak_bytes"] = _spread([v["peak_bytes"] for v in ran])
+                row["seconds"] = spread_of([s for v in ran for s in timed(v)])
+                row["peak_bytes"] = spread_of([v["peak_bytes"] for v in ran])
             else:
                 row["failed"] = entries(data, "scaling", name, **plain)[-1]["failed"]
             rows.append(row)
@@ -127,9 +127,9 @@ def _frozen(options: Row) -> tuple[tuple[str, Any], ...]:
 
 
 def goals(data: Row) -> list[Row]:
-    """What edgesd set out for: wanted, figure (None = not measured), verdict. Goals are for SD 1.5's shapes at 512 px:
-    a run of another model has none."""
-    if (data["settings"]["model_name"], data["settings"]["size_px"]) != ("sd15", [512, 512]):
+    """What edgesd set out for: wanted, figure (None = not measured), verdict. Goals are for SD 1.5's shapes: a run of
+    another model has none. The one of a picture's memory is for 512 px alone."""
+    if data["settings"]["model_name"] != "sd15":
         return []
     pruned, hybrid = entries(data, "unet", "edgesd-openvino-int8-p25"), entries(data, "unet", "optimum-hybrid")
     said = [
@@ -138,9 +138,10 @@ def goals(data: Row) -> list[Row]:
         _goal("int8 + 25 % pruned against optimum-intel hybrid, per UNet call", 1.3, "x", ratio(hybrid, pruned)),
         _goal("share of the machine's int8 arithmetic, UNet call", 0.7, "share", _int8_share(data)),
     ]  # fmt: skip
-    frugal = done(entries(data, "picture", "edgesd-openvino-frugal"))
-    peak = _spread([v["peak_bytes"] / 1e9 for v in frugal])
-    said.append(_goal("GB at most for a picture, components loaded one at a time", 1.2, "GB", peak, most=True))
+    if data["settings"]["size_px"] == [512, 512]:
+        frugal = done(entries(data, "picture", "edgesd-openvino-frugal"))
+        peak = spread_of([v["peak_bytes"] / 1e9 for v in frugal])
+        said.append(_goal("GB at most for a picture, components loaded one at a time", 1.2, "GB", peak, most=True))
     for row in packaged(data):
         label = f"packaging, {row['ours']} against {row['theirs']}"
         said.append(_goal(f"{label}: time", 2.0, "x", row["time_ratio"]))
@@ -156,7 +157,7 @@ def _int8_share(data: Row) -> Spread | None:
     if not known or not ran:
         return None
     top = statistics.median(known) * 1e9
-    return _spread([2 * v["macs"] / s / top for v in ran for s in v["seconds"]])
+    return spread_of([2 * v["macs"] / s / top for v in ran for s in v["seconds"]])
 
 
 def _goal(what: str, wanted: float, unit: str, figure: Spread | None, most: bool = False) -> Row:
@@ -183,6 +184,7 @@ def markdown(data: Row) -> str:
         if rows:
             lines += [f"## {title}", "", *_compared(rows, what), ""]
     for title, made in (("Packaging", _packaged(data)), ("Curves", _curves(data)), ("Arithmetic", _limits(data)),
+                        ("Where a UNet call's time goes", _profiles(data)),
                         ("Scripts", _scripts(data)), ("Goals", _goals(data))):  # fmt: skip
         if made:
             lines += [f"## {title}", "", *made, ""]
@@ -262,8 +264,21 @@ def _limits(data: Row) -> list[str]:
     rows = []
     for kind in kinds:
         known = [v["told"]["limit_gops"][kind] for v in ran if kind in v["told"]["limit_gops"]]
-        rows.append([kind, shown(_spread(known), "{:.0f}".format) if known else "no kernel of that type here"])
+        rows.append([kind, shown(spread_of(known), "{:.0f}".format) if known else "no kernel of that type here"])
     return table(("type", "best, 10⁹ operations/s"), rows) if ran else [f"did not run: {visits[-1]['failed']}"]
+
+
+def _profiles(data: Row) -> list[str]:
+    """The ten dearest kinds of layer of each contender that was profiled."""
+    names = dict.fromkeys(v["name"] for v in data["visits"] if v["part"] == "profile")
+    rows = []
+    for name in names:
+        visits = entries(data, "profile", name)
+        if not done(visits):
+            rows.append([who.find(name).about, f"did not run: {visits[-1]['failed']}", "", "", ""])
+        for kind in done(visits)[0]["told"]["kinds"][:10] if done(visits) else ():
+            rows.append([who.find(name).about, kind["kind"], kind["type"], str(kind["layers"]), f"{kind['share']:.1%}"])
+    return table(("", "layer", "type", "layers", "share of the time"), rows) if rows else []
 
 
 def _scripts(data: Row) -> list[str]:

@@ -16,7 +16,7 @@ from typing import Any
 
 import contenders as who
 
-PARTS = ("unet", "picture", "package", "scaling", "arithmetic", "loop", "int8")
+PARTS = ("unet", "picture", "package", "scaling", "profile", "arithmetic", "loop", "int8")
 SCRIPTS = ("arithmetic", "loop", "int8")  # parts that are a script of their own, not contenders
 INT8_TARGETS = ("onnx-web", "openvino", "tflite")
 
@@ -53,7 +53,7 @@ def plan(parts: Iterable[str], names: Sequence[str], rounds: int, settings: dict
     measured = [visit for part in parts for visit in _part(part, names, rounds, settings)]
     made: dict[str, Visit] = {}
     for visit in measured:
-        if visit.part in ("unet", "picture", "scaling") and (artefact := who.find(visit.name).artefact):
+        if visit.part in ("unet", "picture", "scaling", "profile") and (artefact := who.find(visit.name).artefact):
             options = {"size_px": visit.options["size_px"]} if "size_px" in visit.options else {}
             needed = Visit("make", artefact, options=options)
             made.setdefault(needed.key, needed)
@@ -66,23 +66,30 @@ def _part(part: str, names: Sequence[str], rounds: int, settings: dict[str, Any]
         if part in ("unet", "picture"):
             yield from (Visit(part, name, round_) for name in order)
         elif part == "package":
-            yield from (Visit(part, name, round_) for pair in who.PACKAGED for name in pair)
+            yield from (Visit(part, name, round_) for pair in _packaged(names) for name in pair)
+        elif part == "profile":
+            yield from (Visit(part, name, round_) for name in who.PROFILED if name in names)
         elif part == "scaling":
             yield from _curves(round_, [n for n in who.SCALED if n in names], settings)
         else:
             yield from (Visit(part, name, round_) for name in (INT8_TARGETS if part == "int8" else (part,)))
 
 
+def _packaged(names: Sequence[str]) -> list[tuple[str, str]]:
+    """The pairs of who.PACKAGED whose artefacts are those of the contenders asked for."""
+    asked = {who.CONTENDERS[name].artefact for name in names}
+    return [pair for pair in who.PACKAGED if asked.issuperset(pair)]
+
+
 def _curves(round_: int, names: Sequence[str], settings: dict[str, Any]) -> Iterator[Visit]:
-    """One point of each contender, then the next point. The size of the settings bounds those of the curve."""
-    widest = settings["size_px"]
+    """One point of each contender, then the next point."""
     for axis, points in who.CURVES.items():
         for point in points:
-            if axis == "size_px" and max(point) > max(widest):
-                continue
-            same = axis == "size_px" and list(point) == list(widest)
+            options = {axis: point}
+            if axis == "size_px":
+                options = {} if point == 1 else {axis: [round(side * point) for side in settings["size_px"]]}
             for name in (who.WIDE,) if axis == "width" else names:
-                yield Visit("scaling", name, round_, {} if same else {axis: point})
+                yield Visit("scaling", name, round_, options)
 
 
 # ---- the journal -----------------------------------------------------------------------------------------------

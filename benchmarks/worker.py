@@ -236,12 +236,22 @@ def edgesd_make(job: Job) -> None:
     folder = Path(job["artefact"])
     width, height = job["size_px"]
     model = [] if job["embedded"] else [job["model"]]
+    vae = ["--vae", str(_tiny_vae(folder.with_name("tiny-vae")))] if job.get("tiny_vae") else []
     gate = ["--gate-db", str(job["gate_db"])] if job["gate_db"] is not None and "int8" in job["flags"] else []
     command = [
         sys.executable, "-m", "edgesd", "package", *model, "--target", job["target"], "--sampler", "euler",
-        "--size-px", f"{width}x{height}", "--steps", job["tables"], "-o", str(folder), "--json", *job["flags"], *gate,
+        "--size-px", f"{width}x{height}", "--steps", job["tables"], "-o", str(folder), "--json",
+        *job["flags"], *gate, *vae,
     ]  # fmt: skip
     subprocess.run(command, check=True)
+
+
+def _tiny_vae(folder: Path) -> Path:
+    """TAESD's shapes with random weights, in place of the model's own VAE."""
+    from diffusers import AutoencoderTiny
+
+    AutoencoderTiny().save_pretrained(folder)
+    return folder
 
 
 def _bundle(job: Job) -> Path:
@@ -258,20 +268,58 @@ def _open_options(job: Job) -> dict[str, Any]:
 
 
 def edgesd_unet(job: Job) -> Call:
-    import numpy as np
-
     from edgesd.sources import open_bundle
 
     pipeline = open_bundle(_bundle(job), **_open_options(job))
+    variant, feeds = _unet_call(job)
+    job["found"] = {"macs": variant.macs, "params": variant.params}
+    return lambda: pipeline.session.run("unet", feeds)
+
+
+def _unet_call(job: Job) -> tuple[Any, dict[str, Any]]:
+    """The bundle's UNet of batch 1, and a call of it."""
+    import numpy as np
+
     from edgesd import bundle
 
     variants = bundle.read(_bundle(job)).manifest.component("unet").variants
     variant = next(v for v in variants if v.axes.batch == 1)
-    job["found"] = {"macs": variant.macs, "params": variant.params}
     random = np.random.RandomState(0)
     feeds = {spec.name: random.randn(*spec.shape).astype(spec.dtype) for spec in variant.inputs}
     feeds["timestep"][:] = 500
-    return lambda: pipeline.session.run("unet", feeds)
+    return variant, feeds
+
+
+def edgesd_profile(job: Job) -> dict[str, Any]:
+    """Where a UNet call's time goes, by OpenVINO's own counters: shares by kind of layer and type of its kernel."""
+    from collections import Counter
+    from statistics import median
+
+    import openvino as ov
+
+    variant, feeds = _unet_call(job)
+    core, config = ov.Core(), _ov_config(job) | {"PERF_COUNT": True}
+    files = [_bundle(job) / name for name in variant.files]
+    request = core.compile_model(core.read_model(*files), "CPU", config).create_infer_request()
+    took: dict[tuple[str, str], list[float]] = {}
+    totals, count = [], Counter()
+    for index in range(1 + job["repeats"]):
+        request.infer(feeds, share_inputs=True)
+        spent = Counter()
+        for node in request.profiling_info:
+            # An exec_type ends in the type that its kernel computes in: brgconv_avx512_I8.
+            kind = (node.node_type, node.exec_type.rsplit("_", 1)[-1])
+            spent[kind] += node.real_time.total_seconds()
+            count[kind] += index == 0 and node.real_time.total_seconds() > 0
+        if index:  # the first one warms up
+            totals.append(sum(spent.values()))
+            for kind, seconds in spent.items():
+                took.setdefault(kind, []).append(seconds)
+    whole = median(totals)
+    kinds = [{"kind": kind, "type": dtype, "layers": count[kind, dtype], "share": round(median(seconds) / whole, 4)}
+             for (kind, dtype), seconds in took.items()]  # fmt: skip
+    kinds.sort(key=lambda each: -each["share"])
+    return {"seconds": totals, "told": {"kinds": [each for each in kinds if each["share"] >= 0.001]}}
 
 
 def edgesd_picture(job: Job) -> Callable[[int], Any]:
@@ -320,7 +368,7 @@ def main(path: Path) -> None:
         act(job)
         answer: dict[str, Any] = {}
     else:
-        answer = run(job, act)
+        answer = act(job) if job["part"] == "profile" else run(job, act)
     path.with_suffix(".answer").write_text(json.dumps(answer | {"peak_bytes": peak_bytes()}), encoding="utf-8")
 
 

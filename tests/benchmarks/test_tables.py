@@ -48,6 +48,8 @@ def test_the_goals_are_judged_by_the_median_and_empty_ones_say_so(data):
 
 def test_goals_are_for_the_model_and_size_they_were_set_for(data):
     data["settings"]["size_px"] = [256, 256]
+    assert [g["verdict"] for g in tables.goals(data)] == ["met", "met", "not met"]  # the memory goal is for 512 px
+    data["settings"]["model_name"] = "small"
     assert tables.goals(data) == []
     assert "## Goals" not in tables.markdown(data)
 

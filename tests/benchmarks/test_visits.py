@@ -43,11 +43,18 @@ def test_every_contender_and_artefact_can_be_found():
 
 
 def test_curves_end_at_the_size_that_was_asked_for(settings):
-    planned = plan(["scaling"], TWO, 1, settings | {"size_px": [256, 256]})
-    assert {v.options["size_px"] for v in planned if "size_px" in v.options and v.part == "scaling"} == set()
+    planned = plan(["scaling"], TWO, 1, settings | {"size_px": [256, 512]})
+    sizes = [v.options["size_px"] for v in planned if "size_px" in v.options and v.name == TWO[0]]
+    assert sizes == [[128, 256], [192, 384]]  # and the size itself, without an option
     wide = [v.options["width"] for v in planned if "width" in v.options]
     assert wide == list(who.WIDTHS)
     assert {v.name for v in planned if "steps" in v.options} == set(TWO)
+
+
+def test_only_what_was_asked_for_is_packaged_anew(settings):
+    assert {v.name for v in plan(["package"], TWO, 1, settings)} == set()
+    both = plan(["package"], ["optimum-native", "genai-native", "edgesd-openvino-fp16"], 2, settings)
+    assert [v.name for v in both] == ["optimum-fp16", "edgesd-openvino-fp16"] * 2
 
 
 def test_a_run_goes_on_behind_the_last_visit_that_was_written(tmp_path):
