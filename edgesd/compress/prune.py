@@ -25,7 +25,7 @@ from edgesd.manifest import ModelSpec
 from edgesd.models.count import Cost, count
 from edgesd.models.load import SIDECAR, Checkpoint, LoadedModel
 from edgesd.models.modules import share
-from edgesd.models.saving import save_checkpoint, sidecar_of
+from edgesd.models.saving import NESTED, save_checkpoint, sidecar_of
 
 MAX_RATIO = 0.9
 MIN_CALLS = 8
@@ -178,6 +178,7 @@ def write_checkpoint(
 ) -> None:
     """The whole checkpoint with one part replaced: configs and other parts copied, plan in the sidecar, a chart."""
     part, told = PARTS[plan.component][0], sidecar_of(model)
+    told.pop(NESTED, None)  # what training gave narrow widths, restoration has changed
     told.setdefault("pruned", {})[part] = plan.model_dump(mode="json")
     save_checkpoint(model, {part: module}, out, told, lambda new: draw_chart(plan, groups, new / CHART))
 

@@ -15,6 +15,7 @@ Only inner widths go, so a width takes off less of the cost than its number says
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -27,7 +28,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from edgesd.compress.calls import PARTS, Recorded, batches
+from edgesd.compress.calls import PARTS, Batch, Recorded, batches
 from edgesd.compress.evidence import collect
 from edgesd.compress.frozen import Frozen
 from edgesd.compress.groups import Group, cut, find_groups
@@ -38,6 +39,8 @@ from edgesd.compress.restore import restore
 from edgesd.errors import DataError, RequestError
 from edgesd.models.load import LoadedModel
 from edgesd.models.modules import share
+from edgesd.models.saving import NESTED
+from edgesd.models.weights import SIDECAR
 
 Mode = Literal["separate", "shared"]
 MODES: tuple[Mode, ...] = ("separate", "shared")
@@ -45,6 +48,7 @@ LEVELS = 7  # a correction's steps on each side of zero: 4 bits
 CLIPS = (1.0, 0.85, 0.7, 0.55, 0.4)  # of a channel's largest correction, the one with the least squared error is taken
 MIN_WIDTH, MAX_WIDTHS = 0.125, 8
 PLAN = "widths.json"
+TRAINED = "trained"  # stands for the criterion where training ordered the units
 Width = Annotated[float, Field(gt=0, le=1)]
 Progress = Callable[[str, int, int], None]
 
@@ -126,27 +130,28 @@ def nest(
 ) -> Nested:
     """A UNet at several widths. calls: recorded calls of the UNet from this very model (`CalibrationSet.calls`).
 
-    importance: a criterion of edgesd/compress/importance.py. The model given is not changed.
+    importance: a criterion of edgesd/compress/importance.py. The model given is not changed. A model that was trained
+    at these very widths keeps its order and its weights: its narrow forms are plain slices.
     Raises RequestError (`check_widths`, an unknown criterion, too few calls, nothing to narrow), DataError (activations
     that are not finite).
     """
     widths = check_widths(widths, mode)
-    if importance not in IMPORTANCE:
-        raise RequestError(f"importance {importance!r}", ", ".join(IMPORTANCE), "Choose one of these")
-    if len(calls) < MIN_CALLS:
-        raise RequestError(f"{len(calls)} recorded calls", f"at least {MIN_CALLS}", "Record more with edgesd calibrate")
+    _check_calls(calls, importance)
     part = PARTS["unet"][0]
     dense, lots = model.modules[part], batches("unet", calls, model.spec)
     before = component_cost(dense, lots[0])
     groups = find_groups(dense, before)
-    evidence = collect(dense, groups, lots, importance)
-    orders: dict[str, tuple[int, ...]] = {}
-    for done, name in enumerate(list(evidence)):
-        orders[name] = tuple(reversed(curve(evidence.pop(name), importance, "ls").order))
-        progress("importance", done + 1, len(groups))
+    trained = set(widths) <= set(trained_widths(model))
+    orders = (
+        {group.name: tuple(range(group.units)) for group in groups} if trained
+        else _orders(dense, groups, lots, importance, progress)
+    )  # fmt: skip
     whole = ordered(dense, groups, orders)
     modules: dict[float, nn.Module] = {}
     for width in widths:
+        if trained:
+            modules[width] = whole if width == 1 else narrowed(whole, groups, width)
+            continue
         modules[width] = whole if width == 1 else share(whole)
         kept = {group.name: range(leading(group, width)) for group in groups}
         if width < 1:
@@ -156,7 +161,7 @@ def nest(
                 round_corrections(modules[width], narrowed(whole, groups, width))
     costs = {width: component_cost(module, lots[0]) for width, module in modules.items()}
     plan = WidthPlan(
-        component="unet", mode=mode, importance=importance, source_sha256=model.sha256,  # type: ignore[arg-type]
+        component="unet", mode=mode, importance=TRAINED if trained else importance, source_sha256=model.sha256,  # type: ignore[arg-type]
         groups=tuple(
             GroupPlan(name=g.name, kind=g.kind, units=g.units, unit_size=g.unit_size, kept=tuple(range(g.units)),
                       order=orders[g.name])
@@ -168,6 +173,44 @@ def nest(
         ),
     )  # fmt: skip
     return Nested(plan, modules)
+
+
+def trained_widths(model: LoadedModel) -> tuple[float, ...]:
+    """The widths that a checkpoint's UNet was trained at, leading units first (`nested_widths` of its sidecar)."""
+    sidecar = model.parts["unet"].parent / SIDECAR
+    told = json.loads(sidecar.read_text(encoding="utf-8")) if sidecar.is_file() else {}
+    return tuple(told.get(NESTED, ()))
+
+
+def important_first(
+    model: LoadedModel, calls: Sequence[Recorded], importance: str = "obs",
+    progress: Progress = lambda stage, done, total: None,
+) -> nn.Module:  # fmt: skip
+    """A copy of the UNet that computes the same and has the most important units of every group in front, for a
+    training of nested widths to start from. calls and errors: as in `nest`."""
+    _check_calls(calls, importance)
+    dense, lots = model.modules[PARTS["unet"][0]], batches("unet", calls, model.spec)
+    groups = find_groups(dense)
+    return ordered(dense, groups, _orders(dense, groups, lots, importance, progress))
+
+
+def _check_calls(calls: Sequence[Recorded], importance: str) -> None:
+    if importance not in IMPORTANCE:
+        raise RequestError(f"importance {importance!r}", ", ".join(IMPORTANCE), "Choose one of these")
+    if len(calls) < MIN_CALLS:
+        raise RequestError(f"{len(calls)} recorded calls", f"at least {MIN_CALLS}", "Record more with edgesd calibrate")
+
+
+def _orders(
+    dense: nn.Module, groups: Sequence[Group], lots: Sequence[Batch], importance: str, progress: Progress
+) -> dict[str, tuple[int, ...]]:
+    """Group -> its units, the one that would be missed most in front."""
+    evidence = collect(dense, groups, lots, importance)
+    orders = {}
+    for done, name in enumerate(list(evidence)):
+        orders[name] = tuple(reversed(curve(evidence.pop(name), importance, "ls").order))
+        progress("importance", done + 1, len(groups))
+    return orders
 
 
 def round_corrections(module: nn.Module, plain: nn.Module) -> None:

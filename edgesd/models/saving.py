@@ -16,6 +16,8 @@ from edgesd.files import copy_tree, disk_errors, locked, replacing
 from edgesd.models.load import LoadedModel
 from edgesd.models.weights import SIDECAR
 
+NESTED = "nested_widths"  # of the sidecar: what the UNet was trained at, see edgesd/training/nested.py
+
 
 def weights_name(part: str) -> str:
     """What diffusers and transformers call the weights of a part."""

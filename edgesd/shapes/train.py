@@ -20,13 +20,14 @@ import numpy as np
 import torch
 from torch import nn
 
-from edgesd.compress.widths import check_widths
+from edgesd.compress.widths import check_widths, trained_widths
 from edgesd.errors import RequestError
 from edgesd.files import write_whole
 from edgesd.models.load import LoadedModel, embedded_folder, load
+from edgesd.models.saving import NESTED
 from edgesd.models.weights import SIDECAR
 from edgesd.shapes.consistency import Consistency
-from edgesd.training.finetune import levels
+from edgesd.training.finetune import levels, sorted_unet
 from edgesd.training.loop import Curve, Progress, Schedule, draw_curve, train
 from edgesd.training.nested import Nested
 from edgesd.training.pool import WORLD, encode_pictures, stored, world_scenes
@@ -87,6 +88,8 @@ def train_shapes(out: Path, config: Config, progress: Progress = lambda *_: None
         curves["vae"] = train(coder, out / "vae", config.schedule(config.vae_steps, 2e-3, ema=0.99), progress)
         model = _with_vae(model, coder) if curves["vae"].done else model
     if config.steps and _all_done(curves):
+        if config.warm and min(config.widths) < 1 and not set(config.widths) <= set(trained_widths(model)):
+            model = replace(model, modules=model.modules | {"unet": sorted_unet(model, out, progress)})
         denoiser = Denoiser(model, _data(model, out, config, progress), config)
         curves["denoiser"] = train(denoiser, out / "denoiser", config.schedule(config.steps, config.lr), progress)
     if _all_done(curves):
@@ -294,7 +297,7 @@ def save(model: LoadedModel, out: Path, config: Config, curves: Mapping[str, Cur
             half: Any = copy.deepcopy(module).cpu().half()
             half.save_pretrained(new / part, safe_serialization=True)
         told = json.loads((source / SIDECAR).read_text(encoding="utf-8"))
-        told["nested_widths"] = [1.0] if student else sorted(config.widths, reverse=True)
+        told[NESTED] = [1.0] if student else sorted(config.widths, reverse=True)
         told["training"] = {name: {"steps": c.total, "seconds": round(c.seconds)} for name, c in curves.items()}
         if student:
             from diffusers import LCMScheduler

@@ -9,18 +9,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from edgesd.compress.widths import important_first, trained_widths
 from edgesd.errors import RequestError
 from edgesd.files import remove
 from edgesd.manifest import ModelSpec
 from edgesd.models.load import LoadedModel, load
-from edgesd.models.saving import save_checkpoint, sidecar_of
+from edgesd.models.saving import NESTED, save_checkpoint, sidecar_of
 from edgesd.models.session import forward
 from edgesd.training import pool as pools
 from edgesd.training.loop import Curve, Progress, Schedule, draw_curve, train
@@ -31,8 +32,7 @@ MIN_SNR = 5.0
 FEATURES = 0.2  # what block outputs count beside the outputs
 HELD_BACK = 32  # pairs of the pool that measure and never train
 TIMESTEPS = 1000
-
-
+ORDERING_CALLS = 128  # UNet rows by which the units of a model are put in order, for nested widths
 CURVE = "training.png"
 
 
@@ -60,6 +60,8 @@ def finetune(
         work / "pool.safetensors", key, lambda: _latents(truth, data, pictures, schedule.seed, progress)
     )
     chosen = original.spec.defaults.guidance if guidance is None else guidance
+    if min(widths) < 1 and not set(widths) <= set(trained_widths(student)):
+        student = replace(student, modules=student.modules | {"unet": sorted_unet(student, work, progress)})
     job = Recovery(
         student.modules["unet"], original.modules["unet"], pools.make_pool(truth, *made), original.spec, batch=batch,
         guidance=chosen, widths=widths,
@@ -67,12 +69,23 @@ def finetune(
     curve = train(job, work, schedule, progress)
     if curve.done:
         told = sidecar_of(student) | {"finetuned": {"steps": curve.total, "teacher_sha256": original.sha256}}
-        told |= {"nested_widths": sorted(widths, reverse=True)} if min(widths) < 1 else {}
+        told |= {NESTED: sorted(widths, reverse=True)} if min(widths) < 1 else {}
         save_checkpoint(
             student, {"unet": student.modules["unet"]}, out, told, lambda new: draw_curve(curve, new / CURVE)
         )
         remove(work)
     return curve
+
+
+def sorted_unet(model: LoadedModel, work: Path, progress: Progress) -> nn.Module:
+    """The UNet with the important units of every group in front, so that narrow widths start from what matters.
+
+    The calls it is judged by are recorded in `work`, once.
+    """
+    from edgesd.calibration.capture import calibrate
+
+    calls = calibrate(model, work / "calls", calls=ORDERING_CALLS).calls("unet")
+    return important_first(model, calls, progress=progress)
 
 
 def _check_pair(student: LoadedModel, original: LoadedModel) -> None:

@@ -1,10 +1,14 @@
 """Nested widths: the same outputs in another order, narrow inside wide, corrections of four bits, and disk."""
 
+import json
+from dataclasses import replace
+
 import pytest
 import tiny
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import load_file
 
 from edgesd.compress import widths
 from edgesd.compress.calls import batches
@@ -53,6 +57,34 @@ def test_restoring_beats_plain_slices(model, nested, calls):
             float((outputs(model, m, calls) - truth).square().sum()) for m in (nested.modules[width], plain)
         )
         assert restored < 0.7 * cut
+
+
+def test_a_model_trained_at_its_widths_keeps_order_and_weights(model, calls, tmp_path):
+    (tmp_path / "edgesd.json").write_text(json.dumps({"nested_widths": [1.0, 0.75, 0.5]}))
+    trained = replace(model, parts=model.parts | {"unet": tmp_path / "unet"})
+    assert widths.trained_widths(trained) == (1.0, 0.75, 0.5)
+    assert widths.trained_widths(model) == ()
+    made, dense = widths.nest(trained, (1.0, 0.5), "shared", calls), model.modules["unet"]
+    assert made.plan.importance == widths.TRAINED
+    truth = dict(widths.narrowed(dense, find_groups(dense), 0.5).named_parameters())
+    assert all(torch.equal(tensor, truth[name]) for name, tensor in made.modules[0.5].named_parameters())
+    widths.save(made, tmp_path)
+    assert load_file(tmp_path / "0.5.safetensors") == {}  # plain slices: nothing of its own
+    other = widths.nest(trained, (1.0, 0.6), "shared", calls)  # a width that no training saw
+    assert other.plan.importance == "obs"
+
+
+def test_important_units_come_first_and_what_is_computed_stays(model, calls):
+    dense = model.modules["unet"]
+    first = widths.important_first(model, calls)
+    truth = outputs(model, dense, calls)
+    assert torch.allclose(outputs(model, first, calls), truth, atol=1e-4 * float(truth.abs().max()))
+    groups = find_groups(first)
+    last = widths.ordered(first, groups, {group.name: range(group.units)[::-1] for group in groups})
+    off = [
+        float((outputs(model, widths.narrowed(m, groups, 0.5), calls) - truth).square().sum()) for m in (first, last)
+    ]
+    assert off[0] < 0.95 * off[1]
 
 
 def test_what_is_saved_loads_again_and_a_foreign_plan_is_refused(model, nested, calls, tmp_path):
