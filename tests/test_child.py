@@ -12,7 +12,7 @@ import numpy as np
 import psutil
 import pytest
 
-from edgesd.child import Child, in_child
+from edgesd.child import Child, Watch, in_child
 from edgesd.errors import DataError, SetupError
 
 
@@ -180,6 +180,15 @@ child = Child()
 print(child.run(os.getpid).value, flush=True)
 child.run({busy})
 """
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux says what processes share")
+def test_a_forked_copy_counts_once():
+    forks = "import os, time; held = b'x' * (300 << 20); child = os.fork(); time.sleep(0.6); child and os.wait()"
+    process = subprocess.Popen([sys.executable, "-c", forks])
+    with Watch(process.pid, None, whole_tree=True) as watch:
+        process.wait()
+    assert 300 << 20 < watch.peak_bytes < 400 << 20
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX signals")
