@@ -102,14 +102,14 @@ CONTENDERS: dict[str, Contender] = {
     "edgesd-onnx-web-int8": _edgesd("edgesd onnx-web int8", "edgesd-onnx-web-int8"),
     "edgesd-openvino-fp32": _edgesd("edgesd openvino fp32, float32 arithmetic", "edgesd-openvino-fp32"),
     "edgesd-openvino-fp16": _edgesd("edgesd openvino fp16, native arithmetic", "edgesd-openvino-fp16", native=True),
-    "edgesd-openvino-tiny": _edgesd("the same, tiny VAE", "edgesd-openvino-tiny", native=True),
+    "edgesd-openvino-tiny": _edgesd("edgesd openvino fp16, tiny VAE", "edgesd-openvino-tiny", native=True),
     "edgesd-openvino-int8": _edgesd("edgesd openvino int8, float32 rest", "edgesd-openvino-int8"),
     "edgesd-openvino-int8-native": _edgesd("edgesd openvino int8, native rest", "edgesd-openvino-int8", native=True),
     "edgesd-openvino-int8-p25": _edgesd(
         "edgesd openvino int8 + 25 % pruned, native rest", "edgesd-openvino-int8-p25", native=True
     ),
     "edgesd-openvino-frugal": _edgesd(
-        "the same, components loaded one at a time", "edgesd-openvino-int8-p25", native=True, one_at_a_time=True
+        "edgesd int8 + 25 % pruned, a component at a time", "edgesd-openvino-int8-p25", native=True, one_at_a_time=True
     ),
     "edgesd-tflite-fp16": _edgesd("edgesd tflite fp16 weights", "edgesd-tflite-fp16"),
     "edgesd-tflite-int8": _edgesd("edgesd tflite int8", "edgesd-tflite-int8"),

@@ -47,7 +47,8 @@ def _horizontal(axis: Any, rows: Sequence[dict[str, Any]], figure: str, scale: f
         axis.plot([found["min"], found["max"]], [y, y], color="black", linewidth=1.5)
         axis.text(found["max"], y, f"  {found['median']:.3g}", va="center", fontsize=8)
     axis.set_yticks(range(len(rows)), [row["about"] for row in rows], fontsize=8)
-    axis.invert_yaxis()
+    if not axis.yaxis_inverted():  # shared: once for all
+        axis.invert_yaxis()
     axis.set_xlabel(label)
     axis.margins(x=0.15)
     axis.spines[["top", "right"]].set_visible(False)

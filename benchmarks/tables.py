@@ -39,9 +39,10 @@ def spread_of(values: Sequence[float]) -> Spread | None:
 
 
 def compared(data: Row, part: str) -> list[Row]:
-    """One row a contender of `unet` or `picture`, in the order in which they took turns."""
-    names = list(dict.fromkeys(v["name"] for v in data["visits"] if v["part"] == part))
-    return [_row(data, part, name) for name in names]
+    """One row a contender of `unet` or `picture`, the slowest first; behind them what did not run."""
+    names = dict.fromkeys(v["name"] for v in data["visits"] if v["part"] == part)
+    rows = [_row(data, part, name) for name in names]
+    return sorted(rows, key=lambda row: -row["seconds"]["median"] if "seconds" in row else 0.0)
 
 
 def _row(data: Row, part: str, name: str) -> Row:
