@@ -8,6 +8,7 @@ import tiny
 import torch
 from PIL import Image
 
+from edgesd.compress.widths import trained_widths
 from edgesd.errors import DataError, RequestError
 from edgesd.models.load import load
 from edgesd.models.saving import sidecar_of
@@ -54,6 +55,19 @@ def test_an_unfinished_run_writes_nothing_and_goes_on(pruned, tmp_path):
     assert out.exists()
     with pytest.raises(RequestError, match="exists"):
         finetune(pruned, "shapes", out, SHORT)
+
+
+def test_nested_widths_are_noted_so_that_packaging_takes_plain_slices(tmp_path):
+    out = tmp_path / "nested"
+    finetune("shapes", "shapes", out, SHORT, data="shapes", pictures=40, batch=2, widths=(0.5, 1))
+    nested, dense = load(str(out)), load()
+    assert trained_widths(nested) == (1.0, 0.5)
+    first = "down_blocks.0.resnets.0.conv1.weight"
+    ours, theirs = (m.modules["unet"].get_parameter(first).flatten(1) for m in (nested, dense))
+    nearest = torch.cdist(ours, theirs).argmin(1)
+    assert (
+        sorted(nearest.tolist()) == list(range(len(theirs))) != nearest.tolist()
+    )  # the same channels in another order
 
 
 def test_a_teacher_that_is_not_the_original_is_refused(pruned, tmp_path):
