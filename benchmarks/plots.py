@@ -68,6 +68,7 @@ def _bars(rows: Sequence[dict[str, Any]], part: str) -> Any:
 
 def _curves(points: Sequence[dict[str, Any]]) -> Any:
     axes_of = list(dict.fromkeys(p["axis"] for p in points))
+    names = list(dict.fromkeys(p["name"] for p in points))
     figure, grid = plt.subplots(2, len(axes_of), figsize=(1 + 4 * len(axes_of), 6), layout="constrained", squeeze=False)
     for column, name in enumerate(axes_of):
         for figure_of, scale, label, axis in (
@@ -78,12 +79,14 @@ def _curves(points: Sequence[dict[str, Any]]) -> Any:
                 line.sort(key=lambda p: _position(p["value"]))
                 x = [_position(p["value"]) for p in line]
                 y = [[p[figure_of][key] * scale for p in line] for key in ("median", "min", "max")]
-                drawn = axis.plot(x, y[0], marker="o", label=who.find(contender).about)[0]
-                axis.fill_between(x, y[1], y[2], color=drawn.get_color(), alpha=0.2)
+                color = f"C{names.index(contender)}"
+                axis.plot(x, y[0], marker="o", color=color, label=who.find(contender).about)
+                axis.fill_between(x, y[1], y[2], color=color, alpha=0.2)
             axis.set_xlabel(LABELS[name])
             axis.set_ylabel(label)
             axis.set_ylim(bottom=0)
-    grid[0][0].legend(fontsize=7)
+            axis.margins(y=0.15)
+        grid[1][column].legend(fontsize=7, loc="lower right")
     return figure
 
 
