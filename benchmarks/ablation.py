@@ -22,18 +22,17 @@ from typing import Any
 
 import numpy as np
 import tables
-from bench import machine
+from bench import STOPPED, machine
+from measure import folder_bytes
+from paired import DOCS, difference
 
 from edgesd.child import Watch
 from edgesd.errors import SetupError
-from edgesd.evaluate import bootstrap_interval
 from edgesd.files import write_whole
 from edgesd.sheet import size
 
-DOCS = Path(__file__).parents[1] / "docs"
 BLOCK, WARM = 32, 2  # captions of a process, and pictures before its first timed one
 GUIDANCE = 4.0
-STOPPED = 75  # exit code: the minutes are over, the same command goes on
 
 
 @dataclass(frozen=True)
@@ -207,14 +206,10 @@ def rows(work: Path) -> list[dict[str, Any]]:
             "peak_bytes": tables.spread_of([b["peak_bytes"] for b in blocks[:shared]]),
             "calls": round(statistics.mean(x for b in blocks[:shared] for x in b["calls"]), 2),
             "alignment": round(float(right[name].mean()), 4),
-            "bytes": 0 if line.flags is None else sum(
-                p.stat().st_size for p in bundle_folder(work, line).rglob("*") if p.is_file()
-            ),
+            "bytes": 0 if line.flags is None else folder_bytes(bundle_folder(work, line)),
         }  # fmt: skip
         if line.after in right:
-            gain = right[name] - right[line.after]
-            row["difference"] = round(float(gain.mean()), 4)
-            row["interval"] = [round(end, 4) for end in bootstrap_interval(gain)]
+            row |= difference(right[name], right[line.after])
         told.append(row)
     return told
 

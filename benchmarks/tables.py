@@ -274,11 +274,13 @@ def _profiles(data: Row) -> list[str]:
     names = dict.fromkeys(v["name"] for v in data["visits"] if v["part"] == "profile")
     rows = []
     for name in names:
-        visits = entries(data, "profile", name)
-        if not done(visits):
-            rows.append([who.find(name).about, f"did not run: {visits[-1]['failed']}", "", "", ""])
-        for kind in done(visits)[0]["told"]["kinds"][:10] if done(visits) else ():
-            rows.append([who.find(name).about, kind["kind"], kind["type"], str(kind["layers"]), f"{kind['share']:.1%}"])
+        about, visits = who.find(name).about, entries(data, "profile", name)
+        ran = done(visits)
+        if not ran:
+            rows.append([about, f"did not run: {visits[-1]['failed']}", "", "", ""])
+            continue
+        for kind in ran[0]["told"]["kinds"][:10]:
+            rows.append([about, kind["kind"], kind["type"], str(kind["layers"]), f"{kind['share']:.1%}"])
     return table(("", "layer", "type", "layers", "share of the time"), rows) if rows else []
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,9 +22,10 @@ from edgesd.compress.restore import RESTORE, restore
 from edgesd.errors import RequestError
 from edgesd.manifest import ModelSpec
 from edgesd.models.count import Cost, count
-from edgesd.models.load import SIDECAR, Checkpoint, LoadedModel
+from edgesd.models.load import Checkpoint, LoadedModel
 from edgesd.models.modules import share
 from edgesd.models.saving import NESTED, save_checkpoint, sidecar_of
+from edgesd.models.weights import read_sidecar
 
 MAX_RATIO = 0.9
 MIN_CALLS = 8
@@ -133,8 +133,7 @@ def _check(
 
 def refuse_twice(model: Checkpoint, part: str) -> None:
     """A part pruned before is no base for more: its lost units cannot be weighed against those left."""
-    sidecar = model.parts[part].parent / SIDECAR
-    if sidecar.is_file() and part in json.loads(sidecar.read_text(encoding="utf-8")).get("pruned", {}):
+    if part in read_sidecar(model.parts[part].parent).get("pruned", {}):
         raise RequestError(
             f"{part} of {model.spec.name} is pruned already",
             "an unpruned model",

@@ -66,10 +66,14 @@ def load_module(folder: Path, part: str) -> torch.nn.Module:
     return module.eval().requires_grad_(False)
 
 
+def read_sidecar(folder: Path) -> dict[str, Any]:
+    """What edgesd noted in a checkpoint's folder; {} for one of another make. Raises DataError for a broken one."""
+    return read_json(folder / SIDECAR) if (folder / SIDECAR).exists() else {}
+
+
 def _prune_plan(folder: Path, part: str) -> Any | None:
     """The plan by which a part was pruned, from the sidecar beside it; None for a part as its config has it."""
-    sidecar = read_json(folder.parent / SIDECAR) if (folder.parent / SIDECAR).exists() else {}
-    planned = sidecar.get("pruned", {})
+    planned = read_sidecar(folder.parent).get("pruned", {})
     if not isinstance(planned, dict) or part not in planned:
         return None
     from edgesd.compress.plan import PrunePlan
