@@ -21,32 +21,36 @@ from edgesd.errors import RequestError
 from edgesd.files import remove
 from edgesd.manifest import ModelSpec
 from edgesd.models.load import LoadedModel, load
+from edgesd.models.plain import two_product_attention
 from edgesd.models.saving import NESTED, save_checkpoint, sidecar_of
 from edgesd.models.session import forward
 from edgesd.training import pool as pools
 from edgesd.training.loop import Curve, Progress, Schedule, draw_curve, train
 from edgesd.training.nested import Nested
 from edgesd.training.pool import Pool
+from edgesd.training.quantized import on_int8_grids
 
 MIN_SNR = 5.0
 FEATURES = 0.2  # what block outputs count beside the outputs
 HELD_BACK = 32  # pairs of the pool that measure and never train
 TIMESTEPS = 1000
+FEW_POSITIONS = 1024  # of latents, up to which attention maps of a batch are little
 ORDERING_CALLS = 128  # UNet rows by which the units of a model are put in order, for nested widths
 CURVE = "training.png"
 
 
 def finetune(
     source: str, teacher: str, out: Path, schedule: Schedule, *, data: str | None = None, pictures: int = 512,
-    batch: int = 8, widths: Sequence[float] = (1.0,), guidance: float | None = None,
+    batch: int = 8, widths: Sequence[float] = (1.0,), int8: bool = False, guidance: float | None = None,
     progress: Progress = lambda *_: None,
 ) -> Curve:  # fmt: skip
     """Trains the UNet of a pruned checkpoint against the one it was cut from; writes the recovered checkpoint to `out`.
 
     data: a folder of captioned pictures, "shapes" for the embedded model's world, None for the teacher's own pictures
     of its calibration prompts. pictures: how many the teacher draws, or the most that are read. batch: latents a step,
-    each with its prompt and without. The run's state lies beside `out` until it is whole: the same command goes on
-    where it was cut. Raises RequestError (out exists, a teacher that is not the original), DataError (see `train`).
+    each with its prompt and without. widths, int8: see `Recovery`. The run's state lies beside `out` until it is whole:
+    the same command goes on where it was cut. Raises RequestError (out exists, a teacher that is not the original),
+    DataError (see `train`).
     """
     if out.exists():
         raise RequestError(f"{out} exists", "a new folder", "Choose another -o")
@@ -60,16 +64,16 @@ def finetune(
         work / "pool.safetensors", key, lambda: _latents(truth, data, pictures, schedule.seed, progress)
     )
     chosen = original.spec.defaults.guidance if guidance is None else guidance
-    if min(widths) < 1 and not set(widths) <= set(trained_widths(student)):
-        student = replace(student, modules=student.modules | {"unet": sorted_unet(student, work, progress)})
+    student = ready_for(widths, student, work, progress)
     job = Recovery(
         student.modules["unet"], original.modules["unet"], pools.make_pool(truth, *made), original.spec, batch=batch,
-        guidance=chosen, widths=widths,
+        guidance=chosen, widths=widths, int8=int8,
     )  # fmt: skip
     curve = train(job, work, schedule, progress)
     if curve.done:
-        told = sidecar_of(student) | {"finetuned": {"steps": curve.total, "teacher_sha256": original.sha256}}
-        told |= {NESTED: sorted(widths, reverse=True)} if min(widths) < 1 else {}
+        recovery = {"steps": curve.total, "teacher_sha256": original.sha256, "int8": int8}
+        told = sidecar_of(student) | {"finetuned": recovery}
+        told[NESTED] = sorted(widths, reverse=True)  # of the widths that it had, those not trained along are lost
         save_checkpoint(
             student, {"unet": student.modules["unet"]}, out, told, lambda new: draw_curve(curve, new / CURVE)
         )
@@ -77,15 +81,18 @@ def finetune(
     return curve
 
 
-def sorted_unet(model: LoadedModel, work: Path, progress: Progress) -> nn.Module:
-    """The UNet with the important units of every group in front, so that narrow widths start from what matters.
+def ready_for(widths: Sequence[float], model: LoadedModel, work: Path, progress: Progress) -> LoadedModel:
+    """The model with the important units of its UNet's groups in front, so that narrow widths start from what matters.
 
-    The calls it is judged by are recorded in `work`, once.
+    As it is where there are none, or where it was trained at them before. The calls that units are judged by are
+    recorded in `work`, once.
     """
     from edgesd.calibration.capture import calibrate
 
+    if min(widths) == 1 or set(widths) <= set(trained_widths(model)):
+        return model
     calls = calibrate(model, work / "calls", calls=ORDERING_CALLS).calls("unet")
-    return important_first(model, calls, progress=progress)
+    return replace(model, modules=model.modules | {"unet": important_first(model, calls, progress=progress)})
 
 
 def _check_pair(student: LoadedModel, original: LoadedModel) -> None:
@@ -130,15 +137,19 @@ class Levels:
         return alpha * latents + sigma * noise
 
 
-def levels(spec: ModelSpec, device: torch.device | str = "cpu") -> Levels:
-    """From the checkpoint's scheduler: its betas and prediction type. Raises RequestError for others than eps and v."""
+def levels(spec: ModelSpec, least: float = 0.0) -> Levels:
+    """From the checkpoint's scheduler: its betas and prediction type.
+
+    A clean picture's squared error weighs min(SNR, 5) + `least`: min-SNR alone hardly counts the noisiest levels.
+    Raises RequestError for other predictions than epsilon and v.
+    """
     from diffusers import DDPMScheduler
 
     if spec.prediction_type not in ("epsilon", "v_prediction"):
         raise RequestError(f"a model that predicts {spec.prediction_type}", "epsilon, v_prediction", "Train another")
-    signal = DDPMScheduler.from_config(spec.scheduler).alphas_cumprod.to(device)
+    signal = DDPMScheduler.from_config(spec.scheduler).alphas_cumprod
     snr = signal / (1 - signal)
-    weight = snr.clamp(max=MIN_SNR) / (snr if spec.prediction_type == "epsilon" else snr + 1)
+    weight = (snr.clamp(max=MIN_SNR) + least) / (snr if spec.prediction_type == "epsilon" else snr + 1)
     return Levels(signal.sqrt(), (1 - signal).sqrt(), weight)
 
 
@@ -146,14 +157,14 @@ class Recovery:
     """A job of `training.loop`: student and teacher are UNets of the same blocks, inner widths apart.
 
     batch: latents a step, each with its prompt and without. widths: below 1 they train nested too, on the student's own
-    output. guidance: of the pictures to come.
+    output. int8: the student computes on int8 grids, for weights that bear them. guidance: of the pictures to come.
     """
 
     name = "recovery"
 
     def __init__(
         self, student: nn.Module, teacher: nn.Module, pool: Pool, spec: ModelSpec, *, batch: int, guidance: float,
-        widths: Sequence[float] = (1.0,),
+        widths: Sequence[float] = (1.0,), int8: bool = False,
     ) -> None:  # fmt: skip
         if len(pool.latents) <= HELD_BACK:
             raise RequestError(f"{len(pool.latents)} pictures", f"more than {HELD_BACK}", "Give more data")
@@ -161,9 +172,16 @@ class Recovery:
         self.modules: dict[str, nn.Module] = {"unet": student, "teacher": teacher.eval().requires_grad_(False)}
         self._pool, self._spec, self._batch, self._guidance = pool, spec, batch, guidance
         self._levels, self._forward = levels(spec), forward(spec)["unet"]
+        if pool.latents[0, 0].numel() <= FEW_POSITIONS:
+            two_product_attention(student)
         self._nested = Nested(student, widths) if min(widths) < 1 else None
+        self._int8 = [student, *(self._nested.forms.values() if self._nested is not None else ())] if int8 else []
 
     def loss(self, rng: torch.Generator, device: torch.device) -> torch.Tensor:
+        with on_int8_grids(*self._int8):
+            return self._loss(rng, device)
+
+    def _loss(self, rng: torch.Generator, device: torch.device) -> torch.Tensor:
         inputs, timestep = self._draw(rng, device, len(self._pool.latents) - HELD_BACK, self._batch)
         student, teacher = self.modules["unet"], self.modules["teacher"]
         with torch.no_grad(), _outputs(teacher) as wanted:
@@ -180,14 +198,15 @@ class Recovery:
         return total
 
     def measure(self) -> Mapping[str, float]:
-        """The student's error against the teacher on pictures held back, in dB."""
+        """The student's error against the teacher on pictures held back, in dB; on int8 grids where it trains there."""
         device = next(self.modules["unet"].parameters()).device
         rng = torch.Generator().manual_seed(0)
         student = self.modules["unet"].eval()
         with torch.no_grad():
             inputs, _ = self._draw(rng, device, HELD_BACK, HELD_BACK, first=len(self._pool.latents) - HELD_BACK)
             wanted = self._run(self.modules["teacher"], inputs).float()
-            error = self._run(student, inputs).float() - wanted
+            with on_int8_grids(*self._int8):
+                error = self._run(student, inputs).float() - wanted
         student.train()
         return {"one-step SNR, dB": float(10 * torch.log10(wanted.square().sum() / error.square().sum()))}
 

@@ -20,19 +20,19 @@ from edgesd.models.plain import share
 
 
 class Nested:
-    """A dense module and its narrower forms. widths: descending, the first is 1."""
+    """A dense module and its narrower forms. widths: descending, the first is 1. forms: by width, without weights."""
 
     def __init__(self, dense: nn.Module, widths: Sequence[float]) -> None:
         self.dense, self.widths = dense, tuple(sorted(widths, reverse=True))
         self._groups = find_groups(dense)
         empty = share(dense).to("meta")  # narrow forms have no weights of their own: each call brings them
-        self._forms = {width: narrowed(empty, self._groups, width) for width in self.widths if width < 1}
+        self.forms = {width: narrowed(empty, self._groups, width) for width in self.widths if width < 1}
 
     def call(self, width: float, *args: Any, **kwargs: Any) -> Any:
         """The module's forward at a width; the gradients reach the dense weights."""
         if width >= 1:
             return self.dense(*args, **kwargs)
-        form = self._forms[width]
+        form = self.forms[width]
         form.train(self.dense.training)
         return functional_call(form, self._weights(width), args, kwargs)
 

@@ -65,9 +65,17 @@ def test_nested_widths_are_noted_so_that_packaging_takes_plain_slices(tmp_path):
     first = "down_blocks.0.resnets.0.conv1.weight"
     ours, theirs = (m.modules["unet"].get_parameter(first).flatten(1) for m in (nested, dense))
     nearest = torch.cdist(ours, theirs).argmin(1)
-    assert (
-        sorted(nearest.tolist()) == list(range(len(theirs))) != nearest.tolist()
-    )  # the same channels in another order
+    channels = list(range(len(theirs)))
+    assert sorted(nearest.tolist()) == channels != nearest.tolist()  # the same ones, in another order
+
+
+def test_training_on_int8_grids_brings_them_nearer_to_the_float_teacher(tmp_path):
+    out = tmp_path / "rounded"
+    curve = finetune("shapes", "shapes", out, Schedule(1e-4, steps=16, warmup=2, ema=0.5, measures=4), data="shapes",
+                     pictures=64, batch=4, int8=True)  # fmt: skip
+    decibels = [figures["one-step SNR, dB"] for _, figures in curve.figures]
+    assert 15 < decibels[0] < decibels[-1] < 45  # a float student of its own teacher would stand above 80
+    assert sidecar_of(load(str(out)))["finetuned"]["int8"] is True
 
 
 def test_a_teacher_that_is_not_the_original_is_refused(pruned, tmp_path):
@@ -104,6 +112,9 @@ def test_noise_levels_are_the_schedulers(tmp_path):
     assert float(made.sigma[0]) < 0.05 < 0.99 < float(made.sigma[-1])
     assert float(made.weight[999]) == pytest.approx(1.0)
     assert float(made.weight[0]) < 0.01
+    layout = levels(load().spec, least=0.1)
+    snr = float((made.alpha[999] / made.sigma[999]) ** 2)
+    assert float(layout.weight[999]) == pytest.approx(1 + 0.1 / snr, rel=1e-4)
 
 
 def test_a_folder_of_captioned_pictures(tmp_path):
