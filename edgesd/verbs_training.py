@@ -36,9 +36,14 @@ def shapes_train(
     pictures: Annotated[int, typer.Option("--pictures", min=2, help="Of the world, encoded once.")] = 60_000,
     batch: Annotated[int, typer.Option("--batch", min=1)] = 64,
     lr: Annotated[float, typer.Option("--lr", help="Peak learning rate of the UNet.")] = 1e-3,
+    vae_lr: Annotated[float, typer.Option("--vae-lr", help="Peak learning rate of the VAE.")] = 2e-3,
     widths: Annotated[str, typer.Option("--widths", help="Nested widths of the UNet.")] = "1,0.75,0.5",
-    warm: Annotated[bool, typer.Option("--warm-start", help="Start from the shipped weights.")] = False,
+    start: Annotated[
+        str | None,
+        typer.Option("--start", help="Checkpoint to go on from, shapes for the shipped; from nothing if left out."),
+    ] = None,
     precision: Precision = "bf16",
+    measures: Annotated[int, typer.Option("--measures", min=0, help="Times that a stage's quality is taken.")] = 8,
     seed: Seed = 0,
     stop_after: StopAfter = None,
     as_json: Json = False,
@@ -48,7 +53,8 @@ def shapes_train(
 
     config = Config(
         vae_steps=vae_steps, steps=steps, student_steps=student_steps, pictures=pictures, batch=batch, lr=lr,
-        widths=_widths(widths), warm=warm, precision=precision, seed=seed, stop_after=stop_after,
+        vae_lr=vae_lr, widths=_widths(widths), start=start, precision=precision, measures=measures,
+        seed=seed, stop_after=stop_after,
     )  # fmt: skip
     with progress() as tick:
         reached = train_shapes(output, config, tick)
@@ -81,6 +87,7 @@ def finetune(
     batch: Annotated[int, typer.Option("--batch", min=1, help="Latents a step, each with its prompt and without.")] = 8,
     lr: Annotated[float, typer.Option("--lr")] = 2e-4,
     widths: Annotated[str, typer.Option("--widths", help="Train nested widths too.")] = "1",
+    int8: Annotated[bool, typer.Option("--int8", help="Learn on int8 grids, for package --precision int8.")] = False,
     guidance: Annotated[float | None, typer.Option("--guidance", help="Of the pictures to come.")] = None,
     precision: Precision = "bf16",
     seed: Seed = 0,
@@ -98,7 +105,7 @@ def finetune(
     with progress() as tick:
         curve = run(
             model, teacher, output, schedule, data=data, pictures=pictures, batch=batch, widths=_widths(widths),
-            guidance=guidance, progress=tick,
+            int8=int8, guidance=guidance, progress=tick,
         )  # fmt: skip
     told = {"folder": str(output), "done": curve.done, "steps": curve.step, "of": curve.total,
             "seconds": round(curve.seconds, 1), "figures": curve.figures}  # fmt: skip

@@ -151,8 +151,9 @@ class _Run:
             raise RequestError(f"nothing to train in {job.name}", "modules with trainable parameters", "Report this")
         self.names, self.params = [n for n, _ in trained], [p for _, p in trained]
         self.optimizer = torch.optim.AdamW(
-            self.params, lr=schedule.lr, betas=(0.9, 0.99), weight_decay=schedule.weight_decay
-        )
+            self.params, lr=schedule.lr, betas=(0.9, 0.99), weight_decay=schedule.weight_decay,
+            fused=accelerator.device.type == "cpu",
+        )  # fmt: skip
         self.wrapped, self.optimizer = accelerator.prepare(self.step_module, self.optimizer)
         self.average = [p.detach().clone() for p in self.params]
         self._saved, self._warm_s = time.perf_counter(), 0.0

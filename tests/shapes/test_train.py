@@ -1,6 +1,7 @@
 """The embedded model's training, whole, in a minute; and the parts of its recipe that a short run cannot show."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from edgesd.errors import RequestError
 from edgesd.models.load import load
 from edgesd.runtime.generate import generate
 from edgesd.shapes.consistency import Consistency
-from edgesd.shapes.train import Config, Data, train_shapes
+from edgesd.shapes.train import Config, _edges, make_data, train_shapes
 from edgesd.sources import torch_pipeline
 from edgesd.training.pool import encode_pictures, world_scenes
 
@@ -49,6 +50,40 @@ def test_diffusers_opens_what_was_trained(trained):
         assert pipeline("a red circle on a white background", num_inference_steps=1).images[0].size == (128, 128)
 
 
+def test_a_run_goes_on_from_another_checkpoint(trained, tmp_path):
+    """Stages that are left out keep the start's weights, and the sidecar tells every stage since the first."""
+    folder, _ = trained
+    start = load(str(folder / "shapes"))
+    reached = train_shapes(
+        tmp_path / "more", replace(SHORT, vae_steps=0, student_steps=0, start=str(folder / "shapes"))
+    )
+    made = load(str(tmp_path / "more/shapes"))
+    assert set(reached["stages"]) == {"denoiser"}
+    for part, same in (("vae", True), ("unet", False), ("text_encoder", False)):
+        pairs = zip(start.modules[part].parameters(), made.modules[part].parameters(), strict=True)
+        assert all(torch.equal(a, b) for a, b in pairs) == same
+    told = json.loads((tmp_path / "more/shapes/edgesd.json").read_text())["training"]
+    train_shapes(tmp_path / "vae", replace(SHORT, steps=0, student_steps=0, start="shapes"))
+    assert "nested_widths" not in json.loads((tmp_path / "vae/shapes/edgesd.json").read_text())
+    assert [(run["stage"], run["steps"]) for run in told] == [("vae", 4), ("denoiser", 3), ("denoiser", 3)]
+
+
+def test_captions_of_two_objects_are_drawn_more_often():
+    drawn = data(load(), 64)
+    pairs = int((drawn.share == 3).sum())
+    assert 16 < pairs < 48
+    assert int((drawn.share == 1).sum()) == 64 - pairs
+    _, ids = drawn.draw(torch.Generator().manual_seed(0), 2000, 0.0)
+    seen = torch.tensor([bool((drawn.ids[drawn.share == 3] == row).all(1).any()) for row in ids])
+    assert seen.float().mean().item() == pytest.approx(3 * pairs / (3 * pairs + 64 - pairs), abs=0.04)
+
+
+def test_edges_are_where_colours_change():
+    picture = torch.full((1, 3, 16, 16), -1.0)
+    picture[:, 0, :, 8:] = 0.5
+    assert _edges(picture)[0, 0, 5].tolist() == [0] * 6 + [1] * 4 + [0] * 6
+
+
 def test_another_configuration_in_the_same_folder_is_refused(trained):
     with pytest.raises(RequestError, match="another configuration"):
         train_shapes(trained[0], Config(steps=7))
@@ -68,7 +103,7 @@ def test_the_shipped_model_knows_the_noise_of_its_world():
     job = Denoiser(model, data(model, 64), Config(batch=32, widths=(1.0,), steps=1))
     with torch.no_grad():
         loss = float(job.loss(torch.Generator().manual_seed(0), torch.device("cpu")))
-    assert loss < 0.02  # the card's training ended at 0.008; noise alone would give 0.4
+    assert loss < 0.04  # the card's training ended at 0.008; noise alone would give 0.4
 
 
 def test_a_teacher_is_already_consistent_where_its_path_is_straight():
@@ -86,6 +121,4 @@ def test_a_teacher_is_already_consistent_where_its_path_is_straight():
 
 def data(model, count):
     pipeline = torch_pipeline(model)
-    latents, captions = encode_pictures(pipeline, world_scenes(count), count, lambda *_: None)
-    ids = torch.from_numpy(np.stack([pipeline.tokenizers[0].encode(t).ids[0] for t in (*captions, "")]).astype(int))
-    return Data(torch.from_numpy(latents), ids[:-1], ids[-1])
+    return make_data(pipeline, *encode_pictures(pipeline, world_scenes(count), count, lambda *_: None))
