@@ -128,6 +128,7 @@ def evaluate(
     steps: Annotated[int | None, typer.Option("--steps")] = 20,
     sampler: Annotated[str | None, typer.Option("--sampler")] = "dpmpp_2m_karras",
     guidance: Annotated[float | None, typer.Option("--guidance")] = 4.0,
+    width: Annotated[float, typer.Option("--width", help="Of the UNet; --against draws at its widest.")] = 1.0,
     sheet: Annotated[Path | None, typer.Option("--sheet", help="Contact sheet PNG: prompt, picture, verdict.")] = None,
     threads: Threads = None,
     device: Device = None,
@@ -137,8 +138,8 @@ def evaluate(
     from edgesd import drawing
 
     report = drawing.evaluate_model(
-        model, against, prompts=prompts, seed=seed, steps=steps, sampler=sampler, guidance=guidance, sheet=sheet,
-        threads=threads, device=device,
+        model, against, prompts=prompts, seed=seed, steps=steps, sampler=sampler, guidance=guidance, width=width,
+        sheet=sheet, threads=threads, device=device,
     )  # fmt: skip
     show(report.to_json(), as_json, report.describe())
 

@@ -262,20 +262,25 @@ def evaluate_model(
     steps: int | None = None,
     sampler: str | None = None,
     guidance: float | None = None,
+    width: float = 1.0,
     **options: Any,
 ) -> Report:
-    """Alignment of a model or bundle over held-out captions; `against`: another one on the same captions and noise."""
+    """Alignment of a model or bundle over held-out captions; `against`: another one on the same captions and noise.
+
+    width: of the model's UNet; the other draws at its widest.
+    """
     from edgesd.evaluate import evaluate
 
-    def drawer(source: str | None) -> Callable[[list[str], list[int]], list[np.ndarray]]:
+    def drawer(source: str | None, width: float = 1.0) -> Callable[[list[str], list[int]], list[np.ndarray]]:
         pipeline = open_pipeline(source, **options)
-        given = {"num_inference_steps": steps, "sampler": sampler, "guidance_scale": guidance}
+        given = {"num_inference_steps": steps, "sampler": sampler, "guidance_scale": guidance, "width": width}
         resolve(pipeline.spec, "a check", **given)
         return lambda captions, seeds: draw_many(pipeline, captions, seeds, **given)
 
     return evaluate(
-        drawer(model), prompts=prompts, seed=seed, sheet=sheet, against=None if against is None else drawer(against)
-    )
+        drawer(model, width), prompts=prompts, seed=seed, sheet=sheet,
+        against=None if against is None else drawer(against),
+    )  # fmt: skip
 
 
 def draw_many(pipeline: Pipeline, prompts: list[str], seeds: list[int], **given: Any) -> list[np.ndarray]:

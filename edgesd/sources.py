@@ -29,7 +29,8 @@ def is_bundle(source: str | None) -> bool:
 def open_pipeline(source: str | None = None, **options: Any) -> Pipeline:
     """Opens `source` ready to draw.
 
-    options go to the target's `open` (threads, device, precision, form, …); the torch reference takes threads alone.
+    options go to the target's `open` (threads, device, precision, form, …); the torch reference takes threads alone. A
+    checkpoint that was trained at several widths draws at each of them.
     Raises RequestError (nothing there), DataError (broken), SetupError (a package is missing: says which).
     """
     if is_bundle(source):
@@ -40,7 +41,12 @@ def open_pipeline(source: str | None = None, **options: Any) -> Pipeline:
 
         import edgesd.models.load as loading
     except ModuleNotFoundError as error:
-        if source is not None and source != "shapes" and not Path(source).exists() and source.count("/") != 1:
+        if (
+            source is not None
+            and source not in ("shapes", "shapes-lcm")
+            and not Path(source).exists()
+            and source.count("/") != 1
+        ):
             raise RequestError(f"no model or bundle at {source!r}", "a bundle folder", "Check the path") from None
         raise SetupError(
             f"opening a checkpoint needs {error.name}, not installed here", "bundles open without it",
@@ -48,7 +54,10 @@ def open_pipeline(source: str | None = None, **options: Any) -> Pipeline:
         ) from None  # fmt: skip
     if options.get("threads") is not None:
         torch.set_num_threads(options["threads"])
-    return torch_pipeline(loading.load(source))
+    from edgesd.compress.widths import trained_forms
+
+    model = loading.load(source)
+    return torch_pipeline(model, narrow=trained_forms(model))
 
 
 def open_bundle(folder: Path, verify: bool | None = None, **options: Any) -> Pipeline:

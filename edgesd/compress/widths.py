@@ -15,7 +15,6 @@ Only inner widths go, so a width takes off less of the cost than its number says
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -40,7 +39,7 @@ from edgesd.errors import DataError, RequestError
 from edgesd.models.load import LoadedModel
 from edgesd.models.modules import share
 from edgesd.models.saving import NESTED
-from edgesd.models.weights import SIDECAR
+from edgesd.models.weights import read_sidecar
 
 Mode = Literal["separate", "shared"]
 MODES: tuple[Mode, ...] = ("separate", "shared")
@@ -147,18 +146,13 @@ def nest(
         else _orders(dense, groups, lots, importance, progress)
     )  # fmt: skip
     whole = ordered(dense, groups, orders)
-    modules: dict[float, nn.Module] = {}
-    for width in widths:
-        if trained:
-            modules[width] = whole if width == 1 else narrowed(whole, groups, width)
-            continue
-        modules[width] = whole if width == 1 else share(whole)
+    modules = {1.0: whole} | {width: narrowed(whole, groups, width) for width in widths[1:]}
+    for width in () if trained else widths[1:]:
+        plain, modules[width] = modules[width], share(whole)
         kept = {group.name: range(leading(group, width)) for group in groups}
-        if width < 1:
-            told = partial(progress, f"width {width:g}")
-            restore(whole, modules[width], groups, kept, lots, progress=told)
-            if mode == "shared":
-                round_corrections(modules[width], narrowed(whole, groups, width))
+        restore(whole, modules[width], groups, kept, lots, progress=partial(progress, f"width {width:g}"))
+        if mode == "shared":
+            round_corrections(modules[width], plain)
     costs = {width: component_cost(module, lots[0]) for width, module in modules.items()}
     plan = WidthPlan(
         component="unet", mode=mode, importance=TRAINED if trained else importance, source_sha256=model.sha256,  # type: ignore[arg-type]
@@ -176,10 +170,21 @@ def nest(
 
 
 def trained_widths(model: LoadedModel) -> tuple[float, ...]:
-    """The widths that a checkpoint's UNet was trained at, leading units first (`nested_widths` of its sidecar)."""
-    sidecar = model.parts["unet"].parent / SIDECAR
-    told = json.loads(sidecar.read_text(encoding="utf-8")) if sidecar.is_file() else {}
-    return tuple(told.get(NESTED, ()))
+    """The widths that a checkpoint's UNet was trained at, leading units first (`nested_widths` of its sidecar).
+
+    A LoRA was trained at none of them but the widest.
+    """
+    if model.loras:
+        return ()
+    return tuple(read_sidecar(model.parts["unet"].parent).get(NESTED, ()))
+
+
+def trained_forms(model: LoadedModel) -> dict[float, nn.Module]:
+    """The narrow UNets of a checkpoint that was trained at its widths, plain slices; none of any other."""
+    dense = model.modules["unet"]
+    narrow = [width for width in trained_widths(model) if width < 1]
+    groups = find_groups(dense) if narrow else []
+    return {width: narrowed(dense, groups, width) for width in narrow}
 
 
 def important_first(
