@@ -162,9 +162,14 @@ def with_width(modules: Mapping[str, Any], narrow: Path | None, width: float) ->
 
 
 def narrower(plan: BuildPlan, model: Any, narrow: Path | None) -> dict[str, Any]:
-    """Options of `torch_pipeline` for the recorded truth: width -> UNet, of the widths below 1."""
-    widths = [w for w in plan.recipe.widths if w < 1]
-    return {} if narrow is None else {"narrow": {w: with_width(model.modules, narrow, w)["unet"] for w in widths}}
+    """Options of `torch_pipeline` for the recorded truth: width -> what makes its UNet, of the widths below 1."""
+    if narrow is None:
+        return {}
+
+    def made(width: float) -> Any:
+        return with_width(model.modules, narrow, width)["unet"]
+
+    return {"narrow": {width: partial(made, width) for width in plan.recipe.widths if width < 1}}
 
 
 def shared(

@@ -41,12 +41,7 @@ def open_pipeline(source: str | None = None, **options: Any) -> Pipeline:
 
         import edgesd.models.load as loading
     except ModuleNotFoundError as error:
-        if (
-            source is not None
-            and source not in ("shapes", "shapes-lcm")
-            and not Path(source).exists()
-            and source.count("/") != 1
-        ):
+        if source is not None and source != "shapes" and not Path(source).exists() and source.count("/") != 1:
             raise RequestError(f"no model or bundle at {source!r}", "a bundle folder", "Check the path") from None
         raise SetupError(
             f"opening a checkpoint needs {error.name}, not installed here", "bundles open without it",

@@ -32,11 +32,17 @@ def shapes_train(
         int, typer.Option("--steps", min=0, help="Of UNet and text encoder; 0 keeps the shipped.")
     ] = 30_000,
     vae_steps: Annotated[int, typer.Option("--vae-steps", min=0, help="Of the tiny VAE; 0 keeps the shipped.")] = 4000,
+    text_steps: Annotated[
+        int, typer.Option("--text-steps", min=0, help="Of the text encoder's lesson on places; 0 gives none.")
+    ] = 1000,
     student_steps: Annotated[int, typer.Option("--student-steps", min=0, help="Of shapes-lcm; 0 makes none.")] = 3000,
     pictures: Annotated[int, typer.Option("--pictures", min=2, help="Of the world, encoded once.")] = 60_000,
     batch: Annotated[int, typer.Option("--batch", min=1)] = 64,
     lr: Annotated[float, typer.Option("--lr", help="Peak learning rate of the UNet.")] = 1e-3,
     vae_lr: Annotated[float, typer.Option("--vae-lr", help="Peak learning rate of the VAE.")] = 2e-3,
+    decoder_only: Annotated[
+        bool, typer.Option("--decoder-only", help="Of the VAE: the latents stay what the UNet knows.")
+    ] = False,
     widths: Annotated[str, typer.Option("--widths", help="Nested widths of the UNet.")] = "1,0.75,0.5",
     start: Annotated[
         str | None,
@@ -52,9 +58,9 @@ def shapes_train(
     from edgesd.shapes.train import Config, train_shapes
 
     config = Config(
-        vae_steps=vae_steps, steps=steps, student_steps=student_steps, pictures=pictures, batch=batch, lr=lr,
-        vae_lr=vae_lr, widths=_widths(widths), start=start, precision=precision, measures=measures,
-        seed=seed, stop_after=stop_after,
+        vae_steps=vae_steps, text_steps=text_steps, steps=steps, student_steps=student_steps, pictures=pictures,
+        batch=batch, lr=lr, vae_lr=vae_lr, decoder_only=decoder_only, widths=_widths(widths), start=start,
+        precision=precision, measures=measures, seed=seed, stop_after=stop_after,
     )  # fmt: skip
     with progress() as tick:
         reached = train_shapes(output, config, tick)

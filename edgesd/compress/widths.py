@@ -179,12 +179,13 @@ def trained_widths(model: LoadedModel) -> tuple[float, ...]:
     return tuple(read_sidecar(model.parts["unet"].parent).get(NESTED, ()))
 
 
-def trained_forms(model: LoadedModel) -> dict[float, nn.Module]:
-    """The narrow UNets of a checkpoint that was trained at its widths, plain slices; none of any other."""
-    dense = model.modules["unet"]
-    narrow = [width for width in trained_widths(model) if width < 1]
-    groups = find_groups(dense) if narrow else []
-    return {width: narrowed(dense, groups, width) for width in narrow}
+def trained_forms(model: LoadedModel) -> dict[float, Callable[[], nn.Module]]:
+    """What makes the narrow UNets of a checkpoint trained at its widths, plain slices; nothing for any other."""
+
+    def made(width: float) -> nn.Module:
+        return narrowed(model.modules["unet"], find_groups(model.modules["unet"]), width)
+
+    return {width: partial(made, width) for width in trained_widths(model) if width < 1}
 
 
 def important_first(

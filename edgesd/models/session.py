@@ -29,12 +29,12 @@ class TorchSession:
 
     dtype: "float32" (the reference) or "bfloat16" (faster where the processor has it, about 40 dB off).
     Inputs and outputs are float32 numpy arrays whatever the dtype, named as in `edgesd.runtime.session`.
-    narrow: UNets of widths below 1 (edgesd/compress/widths.py).
+    narrow: what makes the UNets of widths below 1 (edgesd/compress/widths.py), each when it is first asked for.
     """
 
     def __init__(
         self, model: LoadedModel, dtype: str = "float32", device: str = "cpu",
-        narrow: Mapping[float, torch.nn.Module] | None = None,
+        narrow: Mapping[float, Callable[[], torch.nn.Module]] | None = None,
     ) -> None:  # fmt: skip
         import torch
 
@@ -45,12 +45,15 @@ class TorchSession:
         self._dtype, self._device = getattr(torch, dtype), device
         with quiet():
             self._modules = {k: m.to(device, self._dtype) for k, m in model.modules.items()}
-            cast = {w: m.to(device, self._dtype) for w, m in (narrow if narrow is not None else {}).items()}
         self._forward = forward(model.spec)
-        self._unets = ({1.0: self._modules["unet"]} if "unet" in self._modules else {}) | cast
-        # Convolutions run in oneDNN's own layout; channels-last spares the reorders between them.
-        for unet in self._unets.values():
-            unet.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self._narrow = dict(narrow) if narrow is not None else {}
+        self._unets = {1.0: self._placed(self._modules["unet"])} if "unet" in self._modules else {}
+
+    def _placed(self, unet: torch.nn.Module) -> torch.nn.Module:
+        """Convolutions run in oneDNN's own layout; channels-last spares the reorders between them."""
+        import torch
+
+        return unet.to(self._device, self._dtype).to(memory_format=torch.channels_last)  # type: ignore[call-overload,no-any-return]
 
     def has(self, component: str) -> bool:
         return component in ("vae_decoder", "vae_encoder") or component in self._modules
@@ -69,12 +72,14 @@ class TorchSession:
 
     def widths(self, component: str) -> tuple[float, ...]:
         self._require(component)
-        return tuple(sorted(self._unets, reverse=True)) if component == "unet" else (1.0,)
+        return (1.0, *sorted(self._narrow, reverse=True)) if component == "unet" else (1.0,)
 
     def use_width(self, component: str, width: float) -> None:
         if width not in self.widths(component):
             raise no_width(component, width, self.widths(component))
         if component == "unet":
+            if width not in self._unets:
+                self._unets[width] = self._placed(self._narrow[width]())
             self._modules["unet"] = self._unets[width]
 
     def run(self, component: str, inputs: Arrays) -> dict[str, np.ndarray]:

@@ -39,11 +39,11 @@ class Consistency:
 
     name = "student"
 
-    def __init__(self, model: LoadedModel, data: Data, batch: int) -> None:
+    def __init__(self, model: LoadedModel, data: Data, batch: int, seed: int = 0) -> None:
         from diffusers import LCMScheduler
 
         teacher = model.modules["unet"].eval().requires_grad_(False)
-        student = low_rank(teacher, RANK).train()
+        student = low_rank(teacher, RANK, seed).train()
         two_product_attention(student)
         text = model.modules["text_encoder"].eval().requires_grad_(False)
         self.modules: dict[str, nn.Module] = {"unet": student, "teacher": teacher, "text_encoder": text}

@@ -29,7 +29,9 @@ from edgesd.models.saving import NESTED, sidecar_of
 from edgesd.models.weights import SIDECAR
 from edgesd.runtime.pipeline import Pipeline
 from edgesd.shapes.consistency import Consistency
+from edgesd.shapes.reading import Reader
 from edgesd.shapes.world import parse
+from edgesd.sources import torch_pipeline
 from edgesd.training.finetune import levels, ready_for
 from edgesd.training.loop import Curve, Progress, Schedule, draw_curve, train
 from edgesd.training.lowrank import save_lora
@@ -57,6 +59,7 @@ class Config:
     """
 
     vae_steps: int = 4000
+    text_steps: int = 1000
     steps: int = 30_000
     student_steps: int = 3000
     pictures: int = 60_000
@@ -64,8 +67,10 @@ class Config:
     vae_batch: int = 16
     lr: float = 1e-3
     vae_lr: float = 2e-3
+    text_lr: float = 1e-3
     widths: tuple[float, ...] = WIDTHS
     start: str | None = None
+    decoder_only: bool = False
     decoder: int = 64
     seed: int = 0
     precision: str = "bf16"
@@ -76,6 +81,8 @@ class Config:
         check_widths(self.widths)
         if self.pictures < 2 * self.batch:
             raise RequestError(f"{self.pictures} pictures", f"at least {2 * self.batch}", "Raise --pictures")
+        if self.decoder_only and self.start is None:
+            raise RequestError("a decoder for a VAE made from nothing", "a checkpoint's", "Name one with --start")
 
     def schedule(self, steps: int, lr: float, **changes: Any) -> Schedule:
         given: dict[str, Any] = {"seed": self.seed, "precision": self.precision, "measures": self.measures} | changes
@@ -94,9 +101,13 @@ def train_shapes(out: Path, config: Config, progress: Progress = lambda *_: None
     model = _start(config)
     if config.vae_steps:
         vae = _new_vae(config) if config.start is None else model.modules["vae"]
-        coder = Autoencoder(vae, config.vae_batch)
+        coder = Autoencoder(vae, config.vae_batch, config.decoder_only)
         curves["vae"] = train(coder, out / "vae", config.schedule(config.vae_steps, config.vae_lr, ema=0.99), progress)
         model = _with_vae(model, coder) if curves["vae"].done else model
+    if config.text_steps and _all_done(curves):
+        tokenizer = torch_pipeline(replace(model, modules={})).tokenizers[0]
+        reader = Reader(model.modules["text_encoder"], tokenizer)
+        curves["text"] = train(reader, out / "text", config.schedule(config.text_steps, config.text_lr), progress)
     if config.steps and _all_done(curves):
         model = ready_for(config.widths, model, out, progress) if config.start is not None else model
         denoiser = Denoiser(model, _data(model, out, config, progress), config)
@@ -104,7 +115,7 @@ def train_shapes(out: Path, config: Config, progress: Progress = lambda *_: None
     if curves and _all_done(curves):
         save(model, out / "shapes", config, curves)
     if config.student_steps and _all_done(curves):
-        student = Consistency(model, _data(model, out, config, progress), config.batch)
+        student = Consistency(model, _data(model, out, config, progress), config.batch, config.seed)
         schedule = config.schedule(config.student_steps, config.lr, ema=0.99)
         curves["student"] = train(student, out / "student", schedule, progress)
         if curves["student"].done:
@@ -135,7 +146,7 @@ def _same_config(out: Path, config: Config) -> None:
 def _start(config: Config) -> LoadedModel:
     """The checkpoint to start from; the embedded model with UNet and text encoder made anew where there is none."""
     model = load(config.start)
-    if config.steps and config.start is None:
+    if (config.steps or config.text_steps) and config.start is None:
         torch.manual_seed(config.seed)
         for part in ("unet", "text_encoder"):
             model.modules[part] = _anew(model.modules[part])
@@ -160,9 +171,11 @@ def _new_vae(config: Config) -> Any:
 
 def _with_vae(model: LoadedModel, job: Autoencoder) -> LoadedModel:
     """The model with the new VAE and the scale that brings its latents to unit variance."""
+    job.vae.requires_grad_(False)
+    if job.decoder_only:
+        return model
     scale = job.scale()
     job.vae.register_to_config(scaling_factor=scale)
-    job.vae.requires_grad_(False)
     latent = model.spec.latent.model_copy(update={"scaling_factor": scale, "rgb_factors": None, "rgb_bias": None})
     return replace(
         model, modules=model.modules | {"vae": job.vae}, spec=model.spec.model_copy(update={"latent": latent})
@@ -174,8 +187,10 @@ class Autoencoder:
 
     name = "vae"
 
-    def __init__(self, vae: nn.Module, batch: int) -> None:
+    def __init__(self, vae: nn.Module, batch: int, decoder_only: bool = False) -> None:
         self.vae: Any = vae.train().requires_grad_(True)
+        self.vae.encoder.requires_grad_(not decoder_only)
+        self.decoder_only = decoder_only
         self.modules: dict[str, nn.Module] = {"vae": self.vae}
         self._batch = batch
 
@@ -237,8 +252,6 @@ class Data:
 
 
 def _data(model: LoadedModel, out: Path, config: Config, progress: Progress) -> Data:
-    from edgesd.sources import torch_pipeline
-
     dtype = "bfloat16" if config.precision == "bf16" else "float32"  # 49 dB off, in half the time
     pipeline = torch_pipeline(replace(model, modules={"vae": copy.deepcopy(model.modules["vae"])}), dtype=dtype)
     key = f"{WORLD} {config.pictures} {model.spec.latent.scaling_factor}"
@@ -300,7 +313,6 @@ def alignment(model: LoadedModel, captions: int = 128, **settings: Any) -> float
     """Share of held-out captions drawn right, as `edgesd evaluate` counts them; other seed than the card's figures."""
     from edgesd.drawing import draw_many
     from edgesd.evaluate import evaluate
-    from edgesd.sources import torch_pipeline
 
     modes = {name: module.training for name, module in model.modules.items()}
     for module in model.modules.values():

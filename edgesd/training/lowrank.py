@@ -23,24 +23,24 @@ from edgesd.files import write_whole
 class LowRank(nn.Module):
     """weight + up @ down; nothing at first, since `up` starts at 0."""
 
-    def __init__(self, weight: torch.Tensor, rank: int) -> None:
+    def __init__(self, weight: torch.Tensor, rank: int, rng: torch.Generator) -> None:
         super().__init__()
         inputs = weight[0].numel()
         self.rank = min(rank, len(weight), inputs)
         self.up = nn.Parameter(torch.zeros(len(weight), self.rank))
         self.down = nn.Parameter(torch.empty(self.rank, inputs))
-        nn.init.kaiming_uniform_(self.down, a=math.sqrt(5))
+        nn.init.kaiming_uniform_(self.down, a=math.sqrt(5), generator=rng)
 
     def forward(self, weight: torch.Tensor) -> torch.Tensor:
         return weight + (self.up @ self.down).view_as(weight)
 
 
-def low_rank(module: nn.Module, rank: int) -> nn.Module:
+def low_rank(module: nn.Module, rank: int, seed: int = 0) -> nn.Module:
     """A copy of which only a change of `rank` of each convolution's and linear layer's weight learns."""
-    made = copy.deepcopy(module).requires_grad_(False)
+    made, rng = copy.deepcopy(module).requires_grad_(False), torch.Generator().manual_seed(seed)
     for layer in list(made.modules()):
         if isinstance(layer, nn.Conv2d | nn.Linear):
-            parametrize.register_parametrization(layer, "weight", LowRank(layer.weight, rank))
+            parametrize.register_parametrization(layer, "weight", LowRank(layer.weight, rank, rng))
     return made
 
 

@@ -53,6 +53,11 @@ def world_scenes(count: int, start: int = 0) -> Iterator[tuple[str, np.ndarray]]
         yield caption, render(scene)
 
 
+def world_captions(count: int, start: int = 0) -> list[str]:
+    """The captions of `world_scenes`."""
+    return [sample_scene(random.Random(STREAM + index))[0] for index in range(start, start + count)]
+
+
 def folder_pictures(folder: Path, size_px: tuple[int, int], most: int) -> Iterator[tuple[str, np.ndarray]]:
     """Captions and pictures of a folder: `x.png` beside `x.txt`, or a metadata.jsonl of file_name and text.
 

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import asdict, replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -48,7 +49,7 @@ def nested(pipeline):
 
     model = load()
     unet = model.modules["unet"]
-    narrow = {width: narrowed(unet, find_groups(unet), width) for width in (0.75, 0.5)}
+    narrow = {width: partial(narrowed, unet, find_groups(unet), width) for width in (0.75, 0.5)}
     return replace(pipeline, session=TorchSession(model, narrow=narrow))
 
 

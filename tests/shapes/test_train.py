@@ -7,16 +7,26 @@ import numpy as np
 import pytest
 import torch
 
+from edgesd.compress.widths import trained_widths
 from edgesd.errors import RequestError
 from edgesd.models.load import load
 from edgesd.runtime.generate import generate
 from edgesd.shapes.consistency import Consistency
 from edgesd.shapes.train import Config, _edges, make_data, train_shapes
-from edgesd.sources import torch_pipeline
+from edgesd.sources import open_pipeline, torch_pipeline
 from edgesd.training.pool import encode_pictures, world_scenes
 
 SHORT = Config(
-    vae_steps=4, steps=3, student_steps=2, pictures=16, batch=4, vae_batch=4, measures=0, precision="fp32", decoder=16
+    vae_steps=4,
+    text_steps=2,
+    steps=3,
+    student_steps=2,
+    pictures=16,
+    batch=4,
+    vae_batch=4,
+    measures=0,
+    precision="fp32",
+    decoder=16,
 )
 
 
@@ -29,7 +39,12 @@ def trained(tmp_path_factory):
 def test_a_run_ends_with_two_checkpoints_that_draw(trained):
     folder, reached = trained
     assert reached["done"]
-    assert {name: stage["step"] for name, stage in reached["stages"].items()} == {"vae": 4, "denoiser": 3, "student": 2}
+    assert {name: stage["step"] for name, stage in reached["stages"].items()} == {
+        "vae": 4,
+        "text": 2,
+        "denoiser": 3,
+        "student": 2,
+    }
     for name, steps in (("shapes", 2), ("shapes-lcm", 4)):
         pipeline = torch_pipeline(load(str(folder / name)))
         pictures = generate(pipeline, "a red circle on a white background", seed=1, num_inference_steps=steps)
@@ -55,7 +70,7 @@ def test_a_run_goes_on_from_another_checkpoint(trained, tmp_path):
     folder, _ = trained
     start = load(str(folder / "shapes"))
     reached = train_shapes(
-        tmp_path / "more", replace(SHORT, vae_steps=0, student_steps=0, start=str(folder / "shapes"))
+        tmp_path / "more", replace(SHORT, vae_steps=0, text_steps=0, student_steps=0, start=str(folder / "shapes"))
     )
     made = load(str(tmp_path / "more/shapes"))
     assert set(reached["stages"]) == {"denoiser"}
@@ -63,9 +78,48 @@ def test_a_run_goes_on_from_another_checkpoint(trained, tmp_path):
         pairs = zip(start.modules[part].parameters(), made.modules[part].parameters(), strict=True)
         assert all(torch.equal(a, b) for a, b in pairs) == same
     told = json.loads((tmp_path / "more/shapes/edgesd.json").read_text())["training"]
-    train_shapes(tmp_path / "vae", replace(SHORT, steps=0, student_steps=0, start="shapes"))
-    assert "nested_widths" not in json.loads((tmp_path / "vae/shapes/edgesd.json").read_text())
-    assert [(run["stage"], run["steps"]) for run in told] == [("vae", 4), ("denoiser", 3), ("denoiser", 3)]
+    assert [(run["stage"], run["steps"]) for run in told] == [("vae", 4), ("text", 2), ("denoiser", 3), ("denoiser", 3)]
+
+
+def test_a_decoder_alone_leaves_the_latents(trained, tmp_path):
+    start = load(str(trained[0] / "shapes"))
+    alone = replace(SHORT, text_steps=0, steps=0, student_steps=0, start=str(trained[0] / "shapes"), decoder_only=True)
+    train_shapes(tmp_path / "vae", alone)
+    made = load(str(tmp_path / "vae/shapes"))
+    assert made.spec.latent.scaling_factor == start.spec.latent.scaling_factor
+    for part, same in (("encoder", True), ("decoder", False)):
+        pairs = zip(getattr(start.modules["vae"], part).parameters(), getattr(made.modules["vae"], part).parameters(),
+                    strict=True)  # fmt: skip
+        assert all(torch.equal(a, b) for a, b in pairs) == same
+    assert trained_widths(made) == (1.0, 0.75, 0.5)
+    with pytest.raises(RequestError, match="from nothing"):
+        replace(SHORT, decoder_only=True)
+
+
+def test_a_checkpoint_draws_at_the_widths_it_was_trained_at(trained):
+    folder, _ = trained
+    pipeline = open_pipeline(str(folder / "shapes"))
+    assert pipeline.session.widths("unet") == (1.0, 0.75, 0.5)
+    given = {"seed": 1, "num_inference_steps": 2}
+    wide, narrow = (
+        generate(pipeline, "a red circle on a white background", width=width, **given)[0].image for width in (1, 0.5)
+    )
+    assert not np.array_equal(wide, narrow)
+    assert open_pipeline(str(folder / "shapes-lcm")).session.widths("unet") == (1.0,)
+
+
+def test_the_lora_of_a_run_makes_its_student(trained):
+    folder, _ = trained
+    made = load(str(folder / "shapes"), lora=[str(folder / "shapes-lcm.safetensors")])
+    student = load(str(folder / "shapes-lcm"))
+    for ours, theirs in zip(made.modules["unet"].parameters(), student.modules["unet"].parameters(), strict=True):
+        assert torch.allclose(ours, theirs, atol=2e-3)  # float16 of the checkpoint
+
+
+def test_the_shipped_model_was_trained_at_its_widths_and_a_lora_at_none(trained):
+    folder, _ = trained
+    assert trained_widths(load()) == (1.0, 0.75, 0.5)
+    assert trained_widths(load("shapes", lora=[str(folder / "shapes-lcm.safetensors")])) == ()
 
 
 def test_captions_of_two_objects_are_drawn_more_often():
