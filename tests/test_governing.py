@@ -11,6 +11,7 @@ from PIL import Image
 from edgesd import bundle, cli, drawing, governing, sources
 from edgesd.errors import DataError, RequestError
 from edgesd.governing import Governing
+from edgesd.models.load import load
 from edgesd.runtime.device import DeviceState
 from edgesd.runtime.image import read_settings
 from edgesd.runtime.policy import load_policy, policy_names
@@ -20,7 +21,8 @@ PROMPT = "a red circle above a blue square on a white background"
 
 @pytest.fixture(scope="module")
 def pipeline():
-    return sources.open_pipeline(None)
+    """The embedded model at its widest alone."""
+    return sources.torch_pipeline(load())
 
 
 @pytest.fixture

@@ -2,8 +2,9 @@
 
 A denoiser learns colours and shapes long before it learns which of two objects goes left: until then `left of` and
 `right of` draw alike, and so tell it nothing. Here the last four tokens, which every caption leaves empty, learn from
-the grammar what stands left, right, above and below; attention then finds it at a fixed place. The other tokens are
-held to what they said, so that a UNet that knows the encoder goes on from where it is.
+the grammar what stands left, right, above and below, so that attention can find it at a fixed place. The other tokens
+are held to what they said, so that a UNet that knows the encoder goes on from where it is. docs/training.md says how
+far this went.
 """
 
 from __future__ import annotations

@@ -23,6 +23,7 @@ from torch import nn
 from edgesd.compress.widths import check_widths
 from edgesd.errors import RequestError
 from edgesd.files import write_whole
+from edgesd.models.facts import read_json
 from edgesd.models.load import LoadedModel, embedded_folder, load
 from edgesd.models.plain import two_product_attention
 from edgesd.models.saving import NESTED, sidecar_of
@@ -43,7 +44,6 @@ WITHOUT_CAPTION = 0.1
 EDGES, EDGE_CONTRAST = 4.0, 0.2  # what errors at edges count beyond the others; the least step in -1..1 that is one
 LATENT_NOISE = 0.08  # the decoder learns to bear what a sampler leaves
 LAYOUT = 0.1  # least weight of a clean picture's error at any noise level: what goes where is settled in the noisiest
-PAIRS = 3.0  # how often a caption of two objects is drawn for one of a single object
 NARROW_SHARE = 4  # a narrow width learns on one row in so many
 WIDTHS = (1.0, 0.75, 0.5)
 STUDENT = "shapes-lcm"
@@ -54,12 +54,14 @@ class Config:
     """One training. Steps of 0 leave a stage out: the weights it would make are those of `start`, or the embedded ones.
 
     pictures: of the world, encoded once. start: a checkpoint of the embedded model's shapes to go on from, "shapes" for
-    the embedded one; None trains from nothing. widths: the UNet trains nested at these. decoder: channels of the VAE's
-    decoder where it is made anew.
+    the embedded one; None trains from nothing. pairs: how often a caption of two objects is drawn for one of a single
+    object. from_timestep: less noisy ones are not drawn, so that all steps go to what stands where. widths: the UNet
+    trains nested at these. decoder: channels of the VAE's decoder where it is made anew. decoder_only: the VAE's
+    encoder stays, and with it the latents that a UNet knows.
     """
 
     vae_steps: int = 4000
-    text_steps: int = 1000
+    text_steps: int = 0
     steps: int = 30_000
     student_steps: int = 3000
     pictures: int = 60_000
@@ -69,6 +71,8 @@ class Config:
     vae_lr: float = 2e-3
     text_lr: float = 1e-3
     widths: tuple[float, ...] = WIDTHS
+    pairs: float = 3.0
+    from_timestep: int = 0
     start: str | None = None
     decoder_only: bool = False
     decoder: int = 64
@@ -259,13 +263,14 @@ def _data(model: LoadedModel, out: Path, config: Config, progress: Progress) -> 
     latents, captions = stored(
         out / "pool.safetensors", key, lambda: encode_pictures(pipeline, scenes, config.pictures, progress)
     )
-    return make_data(pipeline, latents, captions)
+    return make_data(pipeline, latents, captions, config.pairs)
 
 
-def make_data(pipeline: Pipeline, latents: np.ndarray, captions: Sequence[str]) -> Data:
-    """Latents with their captions' tokens; two objects are harder to draw than one and come up more often."""
+def make_data(pipeline: Pipeline, latents: np.ndarray, captions: Sequence[str], pairs: float) -> Data:
+    """Latents with their captions' tokens; those of two objects, which are harder to draw, come up `pairs` times as
+    often as those of one."""
     tokenizer = pipeline.tokenizers[0]
-    share = torch.tensor([PAIRS if parse(text).relation is not None else 1.0 for text in captions])
+    share = torch.tensor([pairs if parse(text).relation is not None else 1.0 for text in captions])
     ids = torch.from_numpy(np.stack([tokenizer.encode(text).ids[0] for text in (*captions, "")]).astype(np.int64))
     return Data(torch.from_numpy(latents), ids[:-1], ids[-1], share)
 
@@ -286,7 +291,8 @@ class Denoiser:
     def loss(self, rng: torch.Generator, device: torch.device) -> torch.Tensor:
         latents, ids = self._data.draw(rng, self._config.batch, WITHOUT_CAPTION)
         noise = torch.randn(latents.shape, generator=rng)
-        timestep = torch.randint(0, len(self._levels.alpha), (len(latents),), generator=rng)
+        first, last = self._config.from_timestep, len(self._levels.alpha)
+        timestep = torch.randint(first, last, (len(latents),), generator=rng)
         noisy = self._levels.noisy(latents, noise, timestep).to(device)
         weight = self._levels.weight[timestep].to(device)
         states = self.modules["text_encoder"](ids.to(device)).last_hidden_state
@@ -325,7 +331,7 @@ def alignment(model: LoadedModel, captions: int = 128, **settings: Any) -> float
     return report.alignment["all"]
 
 
-def save(model: LoadedModel, out: Path, config: Config, curves: Mapping[str, Curve], *, student: bool = False) -> None:
+def save(model: LoadedModel, out: Path, trained: Config, curves: Mapping[str, Curve], *, student: bool = False) -> None:
     """Writes a checkpoint in diffusers layout: float16 weights, the embedded model's configs, what was trained."""
     from edgesd.files import copy_tree, disk_errors, locked, replacing
 
@@ -338,11 +344,15 @@ def save(model: LoadedModel, out: Path, config: Config, curves: Mapping[str, Cur
         for part, module in model.modules.items():
             half: Any = copy.deepcopy(module).cpu().half()
             half.save_pretrained(new / part, safe_serialization=True)
+            config = read_json(new / part / "config.json")
+            config.pop("_name_or_path", None)  # where it lay on the machine that trained it
+            (new / part / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         told = sidecar_of(model)
         if student or "denoiser" in curves:
-            told[NESTED] = [1.0] if student else sorted(config.widths, reverse=True)
+            told[NESTED] = [1.0] if student else sorted(trained.widths, reverse=True)
         runs = [{"stage": name, "steps": c.total, "seconds": round(c.seconds)} for name, c in curves.items()]
-        told["training"] = [*told.get("training", []), *runs]
+        before = told.get("training", []) if trained.start is not None else []
+        told["training"] = [*before, *runs]
         if student:
             from diffusers import LCMScheduler
 

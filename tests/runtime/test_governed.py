@@ -9,6 +9,7 @@ import pytest
 
 from edgesd import sources
 from edgesd.errors import DataError, RequestError
+from edgesd.models.load import load
 from edgesd.runtime.canvas import Start
 from edgesd.runtime.device import DeviceState
 from edgesd.runtime.generate import sample
@@ -36,7 +37,8 @@ HEAT = policy(critical=Outcome(steps=10, guidance_until=0.5, cool_down_s=20.0), 
 
 @pytest.fixture(scope="module")
 def pipeline():
-    return sources.open_pipeline(None)
+    """The embedded model at its widest alone."""
+    return sources.torch_pipeline(load())
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +46,6 @@ def nested(pipeline):
     """The embedded model with UNets of widths 0.75 and 0.5 beside it, cut and not restored."""
     from edgesd.compress.groups import find_groups
     from edgesd.compress.widths import narrowed
-    from edgesd.models.load import load
     from edgesd.models.session import TorchSession
 
     model = load()

@@ -49,6 +49,8 @@ def test_a_run_ends_with_two_checkpoints_that_draw(trained):
         pipeline = torch_pipeline(load(str(folder / name)))
         pictures = generate(pipeline, "a red circle on a white background", seed=1, num_inference_steps=steps)
         assert pictures[0].image.shape == (128, 128, 3)
+    for config in folder.glob("shapes*/*/config.json"):
+        assert str(folder.parent) not in config.read_text()
     assert load(str(folder / "shapes-lcm")).spec.defaults.sampler == "lcm"
     assert json.loads((folder / "shapes/edgesd.json").read_text())["nested_widths"] == [1.0, 0.75, 0.5]
     assert (folder / "denoiser.png").is_file()
@@ -175,4 +177,4 @@ def test_a_teacher_is_already_consistent_where_its_path_is_straight():
 
 def data(model, count):
     pipeline = torch_pipeline(model)
-    return make_data(pipeline, *encode_pictures(pipeline, world_scenes(count), count, lambda *_: None))
+    return make_data(pipeline, *encode_pictures(pipeline, world_scenes(count), count, lambda *_: None), 3)
