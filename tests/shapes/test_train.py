@@ -11,8 +11,9 @@ from edgesd.compress.widths import trained_widths
 from edgesd.errors import RequestError
 from edgesd.models.load import load
 from edgesd.runtime.generate import generate
+from edgesd.shapes.autoencoder import _edges
 from edgesd.shapes.consistency import Consistency
-from edgesd.shapes.train import Config, _edges, make_data, train_shapes
+from edgesd.shapes.train import Config, make_data, train_shapes
 from edgesd.sources import open_pipeline, torch_pipeline
 from edgesd.training.pool import encode_pictures, world_scenes
 
