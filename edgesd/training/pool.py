@@ -24,7 +24,7 @@ from edgesd.runtime.image import load_image
 from edgesd.runtime.pipeline import Pipeline
 from edgesd.runtime.settings import resolve
 from edgesd.runtime.text import conditions
-from edgesd.shapes.world import render
+from edgesd.shapes.world import Scene, render
 from edgesd.shapes.world import sample as sample_scene
 
 WORLD = "shapes"
@@ -49,13 +49,17 @@ class Pool:
 def world_scenes(count: int, start: int = 0) -> Iterator[tuple[str, np.ndarray]]:
     """Captions and pictures [128,128,3] u8 of the embedded model's world; number i is the same for ever."""
     for index in range(start, start + count):
-        caption, scene = sample_scene(random.Random(STREAM + index))
+        caption, scene = _scene(index)
         yield caption, render(scene)
 
 
 def world_captions(count: int, start: int = 0) -> list[str]:
     """The captions of `world_scenes`."""
-    return [sample_scene(random.Random(STREAM + index))[0] for index in range(start, start + count)]
+    return [_scene(index)[0] for index in range(start, start + count)]
+
+
+def _scene(index: int) -> tuple[str, Scene]:
+    return sample_scene(random.Random(STREAM + index))
 
 
 def folder_pictures(folder: Path, size_px: tuple[int, int], most: int) -> Iterator[tuple[str, np.ndarray]]:
