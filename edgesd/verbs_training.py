@@ -34,7 +34,7 @@ def shapes_train(
     vae_steps: Annotated[int, typer.Option("--vae-steps", min=0, help="Of the tiny VAE; 0 keeps the shipped.")] = 4000,
     text_steps: Annotated[
         int, typer.Option("--text-steps", min=0, help="Of a lesson for the text encoder: what stands where.")
-    ] = 0,
+    ] = 900,
     student_steps: Annotated[int, typer.Option("--student-steps", min=0, help="Of shapes-lcm; 0 makes none.")] = 3000,
     pictures: Annotated[int, typer.Option("--pictures", min=2, help="Of the world, encoded once.")] = 60_000,
     batch: Annotated[int, typer.Option("--batch", min=1)] = 64,
@@ -45,9 +45,9 @@ def shapes_train(
     ] = False,
     widths: Annotated[str, typer.Option("--widths", help="Nested widths of the UNet.")] = "1,0.75,0.5",
     pairs: Annotated[float, typer.Option("--pairs", help="How often two objects are drawn for one.")] = 3.0,
-    from_timestep: Annotated[
-        int, typer.Option("--from-timestep", min=0, max=999, help="Train on noisier ones alone: what stands where.")
-    ] = 0,
+    grounding: Annotated[
+        float, typer.Option("--grounding", min=0, help="Weight of a lesson for attention: where each object stands.")
+    ] = 0.1,
     start: Annotated[
         str | None,
         typer.Option("--start", help="Checkpoint to go on from, shapes for the shipped; from nothing if left out."),
@@ -64,7 +64,7 @@ def shapes_train(
     config = Config(
         vae_steps=vae_steps, text_steps=text_steps, steps=steps, student_steps=student_steps, pictures=pictures,
         batch=batch, lr=lr, vae_lr=vae_lr, decoder_only=decoder_only, widths=_widths(widths), pairs=pairs,
-        from_timestep=from_timestep, start=start, precision=precision, measures=measures, seed=seed,
+        grounding=grounding, start=start, precision=precision, measures=measures, seed=seed,
         stop_after=stop_after,
     )  # fmt: skip
     with progress() as tick:

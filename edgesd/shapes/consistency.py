@@ -23,9 +23,10 @@ from edgesd.training.lowrank import fused, low_rank
 
 if TYPE_CHECKING:
     from edgesd.models.load import LoadedModel
-    from edgesd.shapes.train import Data
+    from edgesd.shapes.denoiser import Data
 
 ORIGINAL_STEPS = 50  # LCMScheduler's original_inference_steps
+ON_ROWS = 0.75  # of the noisier points are rows of a run of STEPS, the only ones that such a run asks about
 SUBSTEPS = 3  # DDIM steps of the teacher from a point to the next row
 SIGMA_DATA, TIMESTEP_SCALING = 0.5, 10.0
 HUBER = 1e-3
@@ -54,7 +55,7 @@ class Consistency:
         self._apart = len(self._levels.alpha) // ORIGINAL_STEPS
 
     def loss(self, rng: torch.Generator, device: torch.device) -> torch.Tensor:
-        latents, ids = self._data.draw(rng, self._batch, 0.0)
+        latents, ids, _ = self._data.draw(rng, self._batch, 0.0)
         noise = torch.randn(latents.shape, generator=rng)
         at, until = self._points(rng)
         noisy = self._levels.noisy(latents, noise, at).to(device)
@@ -70,10 +71,10 @@ class Consistency:
         return ((error.square() + HUBER**2).sqrt() - HUBER).mean()
 
     def _points(self, rng: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
-        """Timesteps [B] of the noisier point, half of them rows of a run of four steps, and of the row below, or 0."""
+        """Timesteps [B] of the noisier point, most of them rows of a run of four steps, and of the row below, or 0."""
         anywhere = torch.randint(1, ORIGINAL_STEPS + 1, (self._batch,), generator=rng) * self._apart - 1
         rows = self._rows[torch.randint(0, STEPS, (self._batch,), generator=rng)]
-        at = torch.where(torch.rand(self._batch, generator=rng) < 0.5, rows, anywhere)
+        at = torch.where(torch.rand(self._batch, generator=rng) < ON_ROWS, rows, anywhere)
         below = torch.cat([torch.zeros_like(self._rows[:1]), self._rows])
         return at, below[torch.searchsorted(self._rows, at)]
 
@@ -103,7 +104,7 @@ class Consistency:
                 self._levels.sigma[index].view(shape).to(timestep.device))  # fmt: skip
 
     def measure(self) -> Mapping[str, float]:
-        from edgesd.shapes.train import alignment
+        from edgesd.shapes.denoiser import alignment
 
         return {"alignment at 4 steps (128 captions)": alignment(self.student_model(), **DRAWN)}
 

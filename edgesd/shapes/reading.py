@@ -75,11 +75,15 @@ class Reader:
         return torch.stack(ids), torch.tensor([placed(text) for text in captions]).permute(2, 0, 1)
 
 
+def stands(caption: str) -> tuple[str, ...]:
+    """The places of a caption's two objects, in the order it names them; () for a single object."""
+    said = parse(caption).relation
+    return () if said is None else (said, _OPPOSITE[said])
+
+
 def placed(caption: str) -> list[tuple[int, int]]:
     """(colour, shape) by number at each of PLACES; past the last of them where nothing stands."""
-    said = parse(caption)
     found = dict.fromkeys(PLACES, (len(COLORS), len(SHAPES)))
-    if said.relation is not None:
-        for place, (color, shape) in zip((said.relation, _OPPOSITE[said.relation]), said.objects, strict=True):
-            found[place] = list(COLORS).index(color), SHAPES.index(shape)
+    for place, (color, shape) in zip(stands(caption), parse(caption).objects, strict=False):
+        found[place] = list(COLORS).index(color), SHAPES.index(shape)
     return list(found.values())

@@ -11,12 +11,11 @@ from __future__ import annotations
 import copy
 import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
@@ -24,27 +23,21 @@ from edgesd.compress.widths import check_widths
 from edgesd.errors import RequestError
 from edgesd.files import write_whole
 from edgesd.models.facts import read_json
-from edgesd.models.load import LoadedModel, embedded_folder, load
-from edgesd.models.plain import two_product_attention
+from edgesd.models.load import STUDENT, LoadedModel, embedded_folder, load
 from edgesd.models.saving import NESTED, sidecar_of
 from edgesd.models.weights import SIDECAR
-from edgesd.runtime.pipeline import Pipeline
 from edgesd.shapes.autoencoder import Autoencoder
 from edgesd.shapes.consistency import Consistency
+from edgesd.shapes.denoiser import Data, Denoiser, make_data
 from edgesd.shapes.reading import Reader
-from edgesd.shapes.world import parse
 from edgesd.sources import torch_pipeline
-from edgesd.training.finetune import levels, ready_for
+from edgesd.training.finetune import ready_for
 from edgesd.training.loop import Curve, Progress, Schedule, draw_curve, train
 from edgesd.training.lowrank import save_lora
-from edgesd.training.nested import Nested
 from edgesd.training.pool import WORLD, encode_pictures, stored, world_scenes
 
-WITHOUT_CAPTION = 0.1
-LAYOUT = 0.1  # least weight of a clean picture's error at any noise level: what goes where is settled in the noisiest
-NARROW_SHARE = 4  # a narrow width learns on one row in so many
 WIDTHS = (1.0, 0.75, 0.5)
-STUDENT = "shapes-lcm"
+ORDERED = "ordered"  # of a checkpoint: its units once trained nested, and have kept their places since
 
 
 @dataclass(frozen=True)
@@ -53,13 +46,12 @@ class Config:
 
     pictures: of the world, encoded once. start: a checkpoint of the embedded model's shapes to go on from, "shapes" for
     the embedded one; None trains from nothing. pairs: how often a caption of two objects is drawn for one of a single
-    object. from_timestep: less noisy ones are not drawn, so that all steps go to what stands where. widths: the UNet
-    trains nested at these. decoder: channels of the VAE's decoder where it is made anew. decoder_only: the VAE's
-    encoder stays, and with it the latents that a UNet knows.
+    object. grounding: weight of `grounding_loss`. widths: the UNet trains nested at these. decoder: channels of the
+    VAE's decoder where it is made anew. decoder_only: the VAE's encoder stays, and with it the latents a UNet knows.
     """
 
     vae_steps: int = 4000
-    text_steps: int = 0
+    text_steps: int = 900
     steps: int = 30_000
     student_steps: int = 3000
     pictures: int = 60_000
@@ -70,7 +62,7 @@ class Config:
     text_lr: float = 1e-3
     widths: tuple[float, ...] = WIDTHS
     pairs: float = 3.0
-    from_timestep: int = 0
+    grounding: float = 0.1
     start: str | None = None
     decoder_only: bool = False
     decoder: int = 64
@@ -95,7 +87,8 @@ def train_shapes(out: Path, config: Config, progress: Progress = lambda *_: None
     """Trains what `config` asks for in the folder `out`; ends with `out/shapes` and `out/shapes-lcm`, whole.
 
     Returns what was reached: per stage steps, seconds and figures; "done" is False where `stop_after` cut it: the same
-    command goes on. Raises RequestError (another configuration trained here), and what `training.loop.train` raises.
+    command goes on, and what it wrote is the average so far (nothing of a VAE). Raises RequestError (another
+    configuration trained here), and what `training.loop.train` raises.
     """
     out.mkdir(parents=True, exist_ok=True)
     _same_config(out, config)
@@ -111,18 +104,20 @@ def train_shapes(out: Path, config: Config, progress: Progress = lambda *_: None
         reader = Reader(model.modules["text_encoder"], tokenizer)
         curves["text"] = train(reader, out / "text", config.schedule(config.text_steps, config.text_lr), progress)
     if config.steps and _all_done(curves):
-        model = ready_for(config.widths, model, out, progress) if config.start is not None else model
-        denoiser = Denoiser(model, _data(model, out, config, progress), config)
+        if config.start is not None and not sidecar_of(model).get(ORDERED):
+            model = ready_for(config.widths, model, out, progress)
+        denoiser = Denoiser(
+            model, _data(model, out, config, progress), config.batch, config.widths, grounding=config.grounding
+        )
         curves["denoiser"] = train(denoiser, out / "denoiser", config.schedule(config.steps, config.lr), progress)
-    if curves and _all_done(curves):
+    if curves and ("vae" not in curves or curves["vae"].done):  # of a run that is cut, the average so far
         save(model, out / "shapes", config, curves)
     if config.student_steps and _all_done(curves):
         student = Consistency(model, _data(model, out, config, progress), config.batch, config.seed)
         schedule = config.schedule(config.student_steps, config.lr, ema=0.99)
         curves["student"] = train(student, out / "student", schedule, progress)
-        if curves["student"].done:
-            save(student.student_model(), out / STUDENT, config, curves, student=True)
-            save_lora(student.modules["unet"], out / f"{STUDENT}.safetensors")
+        save(student.student_model(), out / STUDENT, config, curves, student=True)
+        save_lora(student.modules["unet"], out / f"{STUDENT}.safetensors")
     for name, curve in curves.items():
         draw_curve(curve, out / f"{name}.png")
     told = {n: {"step": c.step, "of": c.total, "seconds": round(c.seconds, 1), "figures": c.figures[-1:]}
@@ -184,22 +179,6 @@ def _with_vae(model: LoadedModel, job: Autoencoder) -> LoadedModel:
     )
 
 
-@dataclass(frozen=True, eq=False)
-class Data:
-    """latents [N,4,16,16] scaled; ids [N,24] of their captions; empty [24]; share [N]: how often each is drawn."""
-
-    latents: torch.Tensor
-    ids: torch.Tensor
-    empty: torch.Tensor
-    share: torch.Tensor
-
-    def draw(self, rng: torch.Generator, batch: int, without: float) -> tuple[torch.Tensor, torch.Tensor]:
-        index = torch.multinomial(self.share, batch, replacement=True, generator=rng)
-        ids = self.ids[index].clone()
-        ids[torch.rand(batch, generator=rng) < without] = self.empty
-        return self.latents[index], ids
-
-
 def _data(model: LoadedModel, out: Path, config: Config, progress: Progress) -> Data:
     dtype = "bfloat16" if config.precision == "bf16" else "float32"  # 49 dB off, in half the time
     pipeline = torch_pipeline(replace(model, modules={"vae": copy.deepcopy(model.modules["vae"])}), dtype=dtype)
@@ -209,71 +188,6 @@ def _data(model: LoadedModel, out: Path, config: Config, progress: Progress) -> 
         out / "pool.safetensors", key, lambda: encode_pictures(pipeline, scenes, config.pictures, progress)
     )
     return make_data(pipeline, latents, captions, config.pairs)
-
-
-def make_data(pipeline: Pipeline, latents: np.ndarray, captions: Sequence[str], pairs: float) -> Data:
-    """Latents with their captions' tokens; those of two objects, which are harder to draw, come up `pairs` times as
-    often as those of one."""
-    tokenizer = pipeline.tokenizers[0]
-    share = torch.tensor([pairs if parse(text).relation is not None else 1.0 for text in captions])
-    ids = torch.from_numpy(np.stack([tokenizer.encode(text).ids[0] for text in (*captions, "")]).astype(np.int64))
-    return Data(torch.from_numpy(latents), ids[:-1], ids[-1], share)
-
-
-class Denoiser:
-    """A job: text encoder and UNet learn to predict the noise; narrow widths learn from the widest (sandwich rule)."""
-
-    name = "denoiser"
-
-    def __init__(self, model: LoadedModel, data: Data, config: Config) -> None:
-        unet, text = (model.modules[part].train().requires_grad_(True) for part in ("unet", "text_encoder"))
-        two_product_attention(unet)
-        self.modules: dict[str, nn.Module] = {"unet": unet, "text_encoder": text}
-        self._model, self._data, self._config = model, data, config
-        self._levels = levels(model.spec, least=LAYOUT)
-        self._nested = Nested(unet, config.widths)
-
-    def loss(self, rng: torch.Generator, device: torch.device) -> torch.Tensor:
-        latents, ids = self._data.draw(rng, self._config.batch, WITHOUT_CAPTION)
-        noise = torch.randn(latents.shape, generator=rng)
-        first, last = self._config.from_timestep, len(self._levels.alpha)
-        timestep = torch.randint(first, last, (len(latents),), generator=rng)
-        noisy = self._levels.noisy(latents, noise, timestep).to(device)
-        weight = self._levels.weight[timestep].to(device)
-        states = self.modules["text_encoder"](ids.to(device)).last_hidden_state
-        told = (noisy, timestep.to(device), states)
-        wide = self._nested.call(1.0, *told).sample.float()
-        total = _weighted(wide - noise.to(device), weight)
-        narrow = self._nested.chosen(rng)
-        if narrow:  # one of the sandwich's two a step: the widest gets most of the time
-            width = narrow[int(torch.randint(0, len(narrow), (), generator=rng))]
-            some = slice(0, max(1, len(latents) // NARROW_SHARE))
-            output = self._nested.call(width, *(x[some] for x in told)).sample.float()
-            total = total + _weighted(output - wide[some].detach(), weight[some])
-        return total
-
-    def measure(self) -> Mapping[str, float]:
-        return {"alignment (128 captions)": alignment(self._model)}
-
-
-def _weighted(error: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    return (error.square().flatten(1).mean(1) * weight).mean()
-
-
-def alignment(model: LoadedModel, captions: int = 128, **settings: Any) -> float:
-    """Share of held-out captions drawn right, as `edgesd evaluate` counts them; other seed than the card's figures."""
-    from edgesd.drawing import draw_many
-    from edgesd.evaluate import evaluate
-
-    modes = {name: module.training for name, module in model.modules.items()}
-    for module in model.modules.values():
-        module.eval()
-    pipeline = torch_pipeline(model, device=str(next(model.modules["unet"].parameters()).device))
-    given = {"num_inference_steps": 20, "sampler": "dpmpp_2m_karras", "guidance_scale": 4.0} | settings
-    report = evaluate(lambda texts, seeds: draw_many(pipeline, texts, seeds, **given), prompts=captions, seed=1)
-    for name, module in model.modules.items():
-        module.train(modes[name])
-    return report.alignment["all"]
 
 
 def save(model: LoadedModel, out: Path, trained: Config, curves: Mapping[str, Curve], *, student: bool = False) -> None:
@@ -294,8 +208,9 @@ def save(model: LoadedModel, out: Path, trained: Config, curves: Mapping[str, Cu
             (new / part / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         told = sidecar_of(model)
         if student or "denoiser" in curves:
+            told[ORDERED] = min((*told.get(NESTED, ()), *trained.widths)) < 1 or told.get(ORDERED, False)
             told[NESTED] = [1.0] if student else sorted(trained.widths, reverse=True)
-        runs = [{"stage": name, "steps": c.total, "seconds": round(c.seconds)} for name, c in curves.items()]
+        runs = [{"stage": name, "steps": c.step, "seconds": round(c.seconds)} for name, c in curves.items()]
         before = told.get("training", []) if trained.start is not None else []
         told["training"] = [*before, *runs]
         if student:

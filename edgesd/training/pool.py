@@ -47,19 +47,20 @@ class Pool:
 
 
 def world_scenes(count: int, start: int = 0) -> Iterator[tuple[str, np.ndarray]]:
-    """Captions and pictures [128,128,3] u8 of the embedded model's world; number i is the same for ever."""
-    for index in range(start, start + count):
-        caption, scene = _scene(index)
+    """The pictures [128,128,3] u8 of `numbered_scenes`, with their captions."""
+    for caption, scene in numbered_scenes(count, start):
         yield caption, render(scene)
+
+
+def numbered_scenes(count: int, start: int = 0) -> Iterator[tuple[str, Scene]]:
+    """Captions and scenes of the embedded model's world; number i is the same for ever."""
+    for index in range(start, start + count):
+        yield sample_scene(random.Random(STREAM + index))
 
 
 def world_captions(count: int, start: int = 0) -> list[str]:
     """The captions of `world_scenes`."""
-    return [_scene(index)[0] for index in range(start, start + count)]
-
-
-def _scene(index: int) -> tuple[str, Scene]:
-    return sample_scene(random.Random(STREAM + index))
+    return [caption for caption, _ in numbered_scenes(count, start)]
 
 
 def folder_pictures(folder: Path, size_px: tuple[int, int], most: int) -> Iterator[tuple[str, np.ndarray]]:

@@ -13,7 +13,8 @@ from edgesd.models.load import load
 from edgesd.runtime.generate import generate
 from edgesd.shapes.autoencoder import _edges
 from edgesd.shapes.consistency import Consistency
-from edgesd.shapes.train import Config, make_data, train_shapes
+from edgesd.shapes.denoiser import Denoiser, make_data
+from edgesd.shapes.train import Config, train_shapes
 from edgesd.sources import open_pipeline, torch_pipeline
 from edgesd.training.pool import encode_pictures, world_scenes
 
@@ -130,9 +131,29 @@ def test_captions_of_two_objects_are_drawn_more_often():
     pairs = int((drawn.share == 3).sum())
     assert 16 < pairs < 48
     assert int((drawn.share == 1).sum()) == 64 - pairs
-    _, ids = drawn.draw(torch.Generator().manual_seed(0), 2000, 0.0)
+    _, ids, _ = drawn.draw(torch.Generator().manual_seed(0), 2000, 0.0)
     seen = torch.tensor([bool((drawn.ids[drawn.share == 3] == row).all(1).any()) for row in ids])
     assert seen.float().mean().item() == pytest.approx(3 * pairs / (3 * pairs + 64 - pairs), abs=0.04)
+
+
+def test_a_run_that_is_cut_leaves_what_it_has_and_units_that_were_nested_once_keep_their_places(
+    trained, tmp_path, monkeypatch
+):
+    widest = replace(SHORT, vae_steps=0, text_steps=0, student_steps=0, widths=(1.0,), start=str(trained[0] / "shapes"))
+    cut = replace(widest, steps=50, stop_after=1e-9)
+    assert not train_shapes(tmp_path / "cut", cut)["done"]
+    told = json.loads((tmp_path / "cut/shapes/edgesd.json").read_text())
+    assert (told["training"][-1]["stage"], told["training"][-1]["steps"]) == ("denoiser", 1)
+    assert told["nested_widths"] == [1.0]
+    assert load(str(tmp_path / "cut/shapes")).spec.latent.channels == 4
+
+    def sorted_again(*_):
+        raise AssertionError("units were put in order a second time")
+
+    monkeypatch.setattr("edgesd.shapes.train.ready_for", sorted_again)
+    nested = replace(widest, widths=SHORT.widths, start=str(tmp_path / "cut/shapes"))
+    assert train_shapes(tmp_path / "nested", nested)["done"]
+    assert json.loads((tmp_path / "nested/shapes/edgesd.json").read_text())["nested_widths"] == [1.0, 0.75, 0.5]
 
 
 def test_edges_are_where_colours_change():
@@ -154,10 +175,8 @@ def test_the_world_gives_the_same_pictures_by_number():
 
 def test_the_shipped_model_knows_the_noise_of_its_world():
     """Latents and captions reach the UNet as in training: its error is far below that of no knowledge."""
-    from edgesd.shapes.train import Denoiser
-
     model = load()
-    job = Denoiser(model, data(model, 64), Config(batch=32, widths=(1.0,), steps=1))
+    job = Denoiser(model, data(model, 64), batch=32)
     with torch.no_grad():
         loss = float(job.loss(torch.Generator().manual_seed(0), torch.device("cpu")))
     assert loss < 0.02  # the card's training ended at 0.008; noise alone would give 0.4
