@@ -43,7 +43,7 @@ STEPS = 8
 PICTURE_SIDE = 512  # pixels a side of the recorded picture, at most
 MAX_READ_BYTES = 1 << 30
 _AGAIN = "Package the model again"
-_PROMPTS = {"shapes": "a red circle above a blue square on a white background"}
+_PROMPTS = dict.fromkeys(("shapes", "shapes-lcm"), "a red circle above a blue square on a white background")
 _NEUTRAL = "a photograph of a wooden table with a bowl of fruit beside a window"
 
 

@@ -41,7 +41,8 @@ def open_pipeline(source: str | None = None, **options: Any) -> Pipeline:
 
         import edgesd.models.load as loading
     except ModuleNotFoundError as error:
-        if source is not None and source != "shapes" and not Path(source).exists() and source.count("/") != 1:
+        embedded = source in (None, "shapes", "shapes-lcm")
+        if not embedded and not Path(source).exists() and source.count("/") != 1:
             raise RequestError(f"no model or bundle at {source!r}", "a bundle folder", "Check the path") from None
         raise SetupError(
             f"opening a checkpoint needs {error.name}, not installed here", "bundles open without it",

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from edgesd.models.lora import Lora
 
 EMBEDDED = "shapes"
+STUDENT = "shapes-lcm"  # the embedded model for four steps: a LoRA on it, with settings of its own
 SUPPORTED = "diffusers folders, .safetensors files and hub ids of Stable Diffusion 1.x, 2.x and XL"
 WANTED = ["model_index.json", "*/config.json", "*.safetensors", "scheduler/*", "tokenizer*/*", "README.md", SIDECAR]
 # Public tiny VAEs (MIT) for checkpoints whose own VAE is an AutoencoderKL, by the family's latents.
@@ -62,9 +63,9 @@ class LoadedModel(Checkpoint):
     modules: dict[str, torch.nn.Module] = field(default_factory=dict)
 
 
-def embedded_folder() -> Path:
-    """Where the embedded model lies (package data)."""
-    return Path(str(resources.files("edgesd.models"))) / EMBEDDED
+def embedded_folder(name: str = EMBEDDED) -> Path:
+    """Where the embedded model, or what makes its student, lies (package data)."""
+    return Path(str(resources.files("edgesd.models"))) / name
 
 
 def load(source: str | None = None, revision: str | None = None, vae: str | None = None, **changes: Any) -> LoadedModel:
@@ -85,7 +86,8 @@ def open_checkpoint(
 ) -> Checkpoint:
     """Reads a checkpoint's configs and hashes its files.
 
-    source: None or "shapes" for the embedded model, a diffusers folder, a .safetensors file, or a hub id.
+    source: None or "shapes" for the embedded model, "shapes-lcm" for its student of four steps, a diffusers folder, a
+    .safetensors file, or a hub id.
     vae: None = the checkpoint's own, "full" = its own and it must be AutoencoderKL, "tiny" = its own if it is an
     AutoencoderTiny, else the public tiny VAE of its family, or a folder that holds a VAE.
     unet, text_encoder: folders that hold another one, or pipelines with one. tokenizer, prediction: for a single file
@@ -96,6 +98,9 @@ def open_checkpoint(
     folder, name, commit = resolve(source, revision, tokenizer, prediction)
     encoders = text_encoders(check(folder, name))
     sidecar = read_sidecar(folder)
+    if source == STUDENT:
+        sidecar |= read_sidecar(embedded_folder(STUDENT))
+        added["lora"] = [str(embedded_folder(STUDENT) / f"{STUDENT}.safetensors"), *(added.get("lora") or ())]
     parts = {part: folder / part for part in (*encoders, "unet")}
     swaps = {"unet": unet, "text_encoder": text_encoder}
     parts |= {part: swapped(part, path) for part, path in swaps.items() if path is not None}
@@ -140,8 +145,8 @@ def resolve(
     source: str | None, revision: str | None = None, tokenizer: str | None = None, prediction: str | None = None
 ) -> tuple[Path, str, str]:
     """(folder, name, revision) of a source; a hub id is downloaded (only what edgesd reads), a file converted."""
-    if source is None or source == EMBEDDED:
-        return embedded_folder(), EMBEDDED, ""
+    if source is None or source in (EMBEDDED, STUDENT):
+        return embedded_folder(), STUDENT if source == STUDENT else EMBEDDED, ""
     path = Path(source).expanduser()
     if path.is_dir():
         return path, path.resolve().name, ""
@@ -156,7 +161,9 @@ def resolve(
 
         return convert(path, tokenizer, prediction), path.stem, ""
     if path.exists() or source.count("/") != 1 or source.startswith((".", "/", "~")) or "\\" in source:
-        raise RequestError(f"no model at {source!r}", f"{SUPPORTED}; {EMBEDDED!r} is embedded", "Check the path or id")
+        raise RequestError(
+            f"no model at {source!r}", f"{SUPPORTED}; {EMBEDDED} and {STUDENT} are embedded", "Check the path or id"
+        )
     folder = hub_folder(source, revision, WANTED)
     return folder, source, folder.name
 
