@@ -41,8 +41,8 @@ def open_pipeline(source: str | None = None, **options: Any) -> Pipeline:
 
         import edgesd.models.load as loading
     except ModuleNotFoundError as error:
-        embedded = source in (None, "shapes", "shapes-lcm")
-        if not embedded and not Path(source).exists() and source.count("/") != 1:
+        embedded = ("shapes", "shapes-lcm")
+        if not (source is None or source in embedded or Path(source).exists() or source.count("/") == 1):
             raise RequestError(f"no model or bundle at {source!r}", "a bundle folder", "Check the path") from None
         raise SetupError(
             f"opening a checkpoint needs {error.name}, not installed here", "bundles open without it",

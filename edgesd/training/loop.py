@@ -310,12 +310,10 @@ def draw_curve(curve: Curve, path: Path) -> None:
     axes = figure.subplots()
     axes.plot([step for step, _ in curve.loss], [loss for _, loss in curve.loss], color="#4a7fb0", label="loss")
     axes.set(xlabel="steps", ylabel="loss", yscale="log", title=f"{curve.step} steps, {curve.seconds / 60:.1f} min")
-    names = sorted({name for _, figures in curve.figures for name in figures})
-    if names:
-        right = axes.twinx()
-        for name in names:
-            right.plot([s for s, f in curve.figures if name in f], [f[name] for _, f in curve.figures if name in f],
-                       marker=".", label=name)  # fmt: skip
-        right.legend(loc="upper right")
-    axes.legend(loc="lower left")
+    right = axes.twinx()
+    for index, name in enumerate(sorted({name for _, figures in curve.figures for name in figures})):
+        points = [(step, figures[name]) for step, figures in curve.figures if name in figures]
+        right.plot(*zip(*points, strict=True), color=f"C{index + 1}", marker=".", label=name)
+    right.yaxis.set_visible(bool(curve.figures))
+    figure.legend(loc="outside lower center", ncols=4)
     figure.savefig(path, dpi=110)
