@@ -73,8 +73,9 @@ def shapes_train(
         (name, f"{stage['step']}/{stage['of']}", f"{stage['seconds'] / 60:.1f} min", _figures(stage["figures"]))
         for name, stage in reached["stages"].items()
     )
+    made = next((output / name for name in ("shapes", "shapes-lcm") if (output / name).is_dir()), output)
     note = (
-        f"Next: edgesd evaluate -m {output / 'shapes'}; edgesd package {output / 'shapes'} --target all"
+        f"Next: edgesd evaluate -m {made}; edgesd package {made} --target all"
         if reached["done"]
         else "Not finished: run the same command again to go on"
     )
