@@ -15,6 +15,7 @@ from torch import nn
 
 from edgesd.models.plain import two_product_attention
 from edgesd.shapes.grounding import NOWHERE, grounding_loss, looking, standing
+from edgesd.shapes.reading import token_ids
 from edgesd.shapes.world import parse
 from edgesd.training.finetune import levels
 from edgesd.training.nested import Nested
@@ -51,9 +52,8 @@ class Data:
 
 def make_data(pipeline: Pipeline, latents: np.ndarray, captions: Sequence[str], pairs: float) -> Data:
     """Latents of the first scenes with their captions' tokens; those of two objects come up `pairs` times as often."""
-    tokenizer = pipeline.tokenizers[0]
     share = torch.tensor([pairs if parse(text).relation is not None else 1.0 for text in captions])
-    ids = torch.from_numpy(np.stack([tokenizer.encode(text).ids[0] for text in (*captions, "")]).astype(np.int64))
+    ids = token_ids(pipeline.tokenizers[0], (*captions, ""))
     here = standing(numbered_scenes(len(captions)), latents.shape[-1])
     return Data(torch.from_numpy(latents), ids[:-1], here, ids[-1], share)
 

@@ -13,6 +13,7 @@ import copy
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -71,8 +72,12 @@ class Reader:
 
     def _lesson(self, captions: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
         """Tokens [B,24] and what the places hold [2,B,4]: colour, shape."""
-        ids = [torch.from_numpy(self._tokenizer.encode(text).ids[0].astype("int64")) for text in captions]
-        return torch.stack(ids), torch.tensor([placed(text) for text in captions]).permute(2, 0, 1)
+        return token_ids(self._tokenizer, captions), torch.tensor([placed(text) for text in captions]).permute(2, 0, 1)
+
+
+def token_ids(tokenizer: PromptTokenizer, captions: Sequence[str]) -> torch.Tensor:
+    """[N,24] i64, as the text encoder takes them."""
+    return torch.from_numpy(np.stack([tokenizer.encode(text).ids[0] for text in captions]).astype(np.int64))
 
 
 def stands(caption: str) -> tuple[str, ...]:

@@ -39,5 +39,5 @@ def test_an_encoder_learns_its_places_and_keeps_its_words(tmp_path):
     words, places = slice(0, -len(PLACES)), slice(-len(PLACES), None)
     assert last < first - 0.3
     changed = [(after - before)[:, part].square().mean().item() for part in (words, places)]
-    assert changed[0] < 0.5 * changed[1]
+    assert changed[0] < 0.2 * changed[1]
     assert 0 <= job.measure()["pairs placed right"] <= 1

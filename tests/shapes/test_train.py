@@ -14,6 +14,7 @@ from edgesd.runtime.generate import generate
 from edgesd.shapes.autoencoder import _edges
 from edgesd.shapes.consistency import Consistency
 from edgesd.shapes.denoiser import Denoiser, make_data
+from edgesd.shapes.reading import token_ids
 from edgesd.shapes.train import Config, train_shapes
 from edgesd.shapes.world import parse
 from edgesd.sources import open_pipeline, torch_pipeline
@@ -199,10 +200,7 @@ def test_the_shipped_model_reads_which_object_goes_where():
         right, wrong = (
             float((model.modules["unet"](noisy, timestep, states).sample - noise).square().mean())
             for states in (
-                model.modules["text_encoder"](
-                    torch.from_numpy(np.stack([tokenizer.encode(text).ids[0] for text in texts]).astype(np.int64))
-                ).last_hidden_state
-                for texts in (told, turned)
+                model.modules["text_encoder"](token_ids(tokenizer, texts)).last_hidden_state for texts in (told, turned)
             )
         )
     assert wrong > 1.5 * right  # 2.1 times; where the order is not read, 1.00
