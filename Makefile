@@ -39,6 +39,7 @@ test: setup
 # WebGPU adapter has no float16).
 WEB_BUNDLE = out/shapes-onnx-web.edgesd
 FLOAT_BUNDLE = out/quality/shapes-onnx-web.edgesd
+WEIGHTS = $(wildcard edgesd/models/shapes/*/*)
 WEB_SOURCES = $(shell find web_demo/src web_demo/public -type f) web_demo/index.html web_demo/bench.html web_demo/vite.config.ts
 
 # The lock's versions, by `npm install`: `npm ci` refuses a lock without the binaries of other platforms.
@@ -51,11 +52,11 @@ web_demo/dist/index.html: web_demo/node_modules/.ready $(WEB_SOURCES)
 
 web: web_demo/dist/index.html
 
-$(WEB_BUNDLE)/manifest.json: | setup
-	$(BIN)/edgesd package --target onnx-web -o out
+$(WEB_BUNDLE)/manifest.json: $(WEIGHTS) | setup
+	$(BIN)/edgesd package --target onnx-web -o out --force
 
-$(FLOAT_BUNDLE)/manifest.json: | setup
-	$(BIN)/edgesd package --target onnx-web --profile quality -o out/quality
+$(FLOAT_BUNDLE)/manifest.json: $(WEIGHTS) | setup
+	$(BIN)/edgesd package --target onnx-web --profile quality -o out/quality --force
 
 demo-web: setup web $(WEB_BUNDLE)/manifest.json
 	$(BIN)/edgesd serve $(WEB_BUNDLE)

@@ -61,12 +61,13 @@ def compile_kotlin(jars: Path, sources: list[Path], into: Path, classpath: list[
 
 
 def bundle(folder: Path) -> Path:
-    """A tflite bundle of the embedded model, made once. Without int8, where the last bit of a sum that another language
-    rounds otherwise can change an integer, and with it the noise of the whole picture."""
+    """A tflite bundle of the embedded model, made once for its weights. Without int8, where the last bit of a sum that
+    another language rounds otherwise can change an integer, and with it the noise of the whole picture."""
     made = folder / "shapes-tflite.edgesd"
-    if not (made / "manifest.json").is_file():
+    manifest, weights = made / "manifest.json", (HERE.parent / "edgesd" / "models" / "shapes").glob("*/*")
+    if not manifest.is_file() or manifest.stat().st_mtime < max(path.stat().st_mtime for path in weights):
         command = [sys.executable, "-m", "edgesd.cli", "package", "--target", "tflite", "--profile", "quality"]
-        subprocess.run([*command, "-o", str(folder)], check=True, stdout=subprocess.DEVNULL)
+        subprocess.run([*command, "-o", str(folder), "--force"], check=True, stdout=subprocess.DEVNULL)
     return made
 
 
