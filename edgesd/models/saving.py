@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from edgesd.models.load import LoadedModel
 from edgesd.models.weights import SIDECAR
 
 NESTED = "nested_widths"  # of the sidecar: what the UNet was trained at, see edgesd/training/nested.py
+ORDERED = "ordered"  # of the sidecar: the UNet's units have kept their places since it was trained at narrow widths
 
 
 def weights_name(part: str) -> str:
@@ -28,6 +29,12 @@ def sidecar_of(model: LoadedModel) -> dict[str, Any]:
     """What edgesd noted beside a checkpoint; for one of another make, its licence."""
     path = source_folder(model) / SIDECAR
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {"licence": model.licence}
+
+
+def trained_at(told: Mapping[str, Any], widths: Sequence[float]) -> dict[str, Any]:
+    """The sidecar of a UNet that has just been trained at these widths; of others that it had, only the order stays."""
+    ordered = min((*told.get(NESTED, ()), *widths)) < 1 or told.get(ORDERED, False)
+    return {**told, ORDERED: ordered, NESTED: sorted(widths, reverse=True)}
 
 
 def source_folder(model: LoadedModel) -> Path:
