@@ -24,7 +24,7 @@ from edgesd.manifest import ModelSpec
 from edgesd.models.count import Cost, count
 from edgesd.models.load import Checkpoint, LoadedModel
 from edgesd.models.modules import share
-from edgesd.models.saving import NESTED, save_checkpoint, sidecar_of
+from edgesd.models.saving import NESTED, ORDERED, save_checkpoint, sidecar_of
 from edgesd.models.weights import read_sidecar
 
 MAX_RATIO = 0.9
@@ -177,7 +177,8 @@ def write_checkpoint(
 ) -> None:
     """The whole checkpoint with one part replaced: configs and other parts copied, plan in the sidecar, a chart."""
     part, told = PARTS[plan.component][0], sidecar_of(model)
-    told.pop(NESTED, None)  # what training gave narrow widths, restoration has changed
+    for gone in (NESTED, ORDERED):  # what training gave narrow widths, restoration has changed
+        told.pop(gone, None)
     told.setdefault("pruned", {})[part] = plan.model_dump(mode="json")
     save_checkpoint(model, {part: module}, out, told, lambda new: draw_chart(plan, groups, new / CHART))
 

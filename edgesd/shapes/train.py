@@ -24,7 +24,7 @@ from edgesd.errors import RequestError
 from edgesd.files import write_whole
 from edgesd.models.facts import read_json
 from edgesd.models.load import STUDENT, LoadedModel, embedded_folder, load
-from edgesd.models.saving import NESTED, sidecar_of
+from edgesd.models.saving import NESTED, sidecar_of, trained_at
 from edgesd.models.weights import SIDECAR
 from edgesd.shapes.autoencoder import Autoencoder
 from edgesd.shapes.consistency import Consistency
@@ -37,7 +37,6 @@ from edgesd.training.lowrank import save_lora
 from edgesd.training.pool import WORLD, encode_pictures, stored, world_scenes
 
 WIDTHS = (1.0, 0.75, 0.5)
-ORDERED = "ordered"  # of a checkpoint: its units once trained nested, and have kept their places since
 
 
 @dataclass(frozen=True)
@@ -104,7 +103,7 @@ def train_shapes(out: Path, config: Config, progress: Progress = lambda *_: None
         reader = Reader(model.modules["text_encoder"], tokenizer)
         curves["text"] = train(reader, out / "text", config.schedule(config.text_steps, config.text_lr), progress)
     if config.steps and _all_done(curves):
-        if config.start is not None and not sidecar_of(model).get(ORDERED):
+        if config.start is not None:
             model = ready_for(config.widths, model, out, progress)
         denoiser = Denoiser(
             model, _data(model, out, config, progress), config.batch, config.widths, grounding=config.grounding
@@ -208,8 +207,7 @@ def save(model: LoadedModel, out: Path, trained: Config, curves: Mapping[str, Cu
             (new / part / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         told = sidecar_of(model)
         if student or "denoiser" in curves:
-            told[ORDERED] = min((*told.get(NESTED, ()), *trained.widths)) < 1 or told.get(ORDERED, False)
-            told[NESTED] = [1.0] if student else sorted(trained.widths, reverse=True)
+            told = trained_at(told, trained.widths) | ({NESTED: [1.0]} if student else {})
         runs = [{"stage": name, "steps": c.step, "seconds": round(c.seconds)} for name, c in curves.items()]
         before = told.get("training", []) if trained.start is not None else []
         told["training"] = [*before, *runs]

@@ -22,7 +22,7 @@ from edgesd.files import remove
 from edgesd.manifest import ModelSpec
 from edgesd.models.load import LoadedModel, load
 from edgesd.models.plain import two_product_attention
-from edgesd.models.saving import NESTED, save_checkpoint, sidecar_of
+from edgesd.models.saving import ORDERED, save_checkpoint, sidecar_of, trained_at
 from edgesd.models.session import forward
 from edgesd.training import pool as pools
 from edgesd.training.loop import Curve, Progress, Schedule, draw_curve, train
@@ -72,8 +72,7 @@ def finetune(
     curve = train(job, work, schedule, progress)
     if curve.done:
         recovery = {"steps": curve.total, "teacher_sha256": original.sha256, "int8": int8}
-        told = sidecar_of(student) | {"finetuned": recovery}
-        told[NESTED] = sorted(widths, reverse=True)  # of the widths that it had, those not trained along are lost
+        told = trained_at(sidecar_of(student), widths) | {"finetuned": recovery}
         save_checkpoint(
             student, {"unet": student.modules["unet"]}, out, told, lambda new: draw_curve(curve, new / CURVE)
         )
@@ -84,12 +83,12 @@ def finetune(
 def ready_for(widths: Sequence[float], model: LoadedModel, work: Path, progress: Progress) -> LoadedModel:
     """The model with the important units of its UNet's groups in front, so that narrow widths start from what matters.
 
-    As it is where there are none, or where it was trained at them before. The calls that units are judged by are
-    recorded in `work`, once.
+    As it is where there are none, or where it was trained at narrow widths before: what it learnt lies in the order
+    that its units have. The calls that units are judged by are recorded in `work`, once.
     """
     from edgesd.calibration.capture import calibrate
 
-    if min(widths) == 1 or set(widths) <= set(trained_widths(model)):
+    if min(widths) == 1 or sidecar_of(model).get(ORDERED) or set(widths) <= set(trained_widths(model)):
         return model
     calls = calibrate(model, work / "calls", calls=ORDERING_CALLS).calls("unet")
     return replace(model, modules=model.modules | {"unet": important_first(model, calls, progress=progress)})

@@ -153,7 +153,7 @@ def test_a_run_that_is_cut_leaves_what_it_has_and_units_that_were_nested_once_ke
     def sorted_again(*_):
         raise AssertionError("units were put in order a second time")
 
-    monkeypatch.setattr("edgesd.shapes.train.ready_for", sorted_again)
+    monkeypatch.setattr("edgesd.training.finetune.important_first", sorted_again)
     nested = replace(widest, widths=SHORT.widths, start=str(tmp_path / "cut/shapes"))
     assert train_shapes(tmp_path / "nested", nested)["done"]
     assert json.loads((tmp_path / "nested/shapes/edgesd.json").read_text())["nested_widths"] == [1.0, 0.75, 0.5]

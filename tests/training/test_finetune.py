@@ -13,7 +13,7 @@ from edgesd.errors import DataError, RequestError
 from edgesd.models.load import load
 from edgesd.models.saving import sidecar_of
 from edgesd.sources import torch_pipeline
-from edgesd.training.finetune import Recovery, finetune, levels
+from edgesd.training.finetune import Recovery, finetune, levels, ready_for
 from edgesd.training.loop import Schedule
 from edgesd.training.pool import folder_pictures, make_pool
 
@@ -68,6 +68,8 @@ def test_nested_widths_are_noted_so_that_packaging_takes_plain_slices(pruned, tm
     nearest = torch.cdist(ours, theirs).argmin(1)
     channels = list(range(len(theirs)))
     assert sorted(nearest.tolist()) == channels != nearest.tolist()  # the same ones, in another order
+    assert "ordered" not in sidecar_of(dense)  # though the model that it was cut from had it
+    assert ready_for((1, 0.25), nested, tmp_path, lambda *_: None) is nested  # no second order, whatever the widths
 
 
 def test_training_on_int8_grids_brings_them_nearer_to_the_float_teacher(tmp_path):
