@@ -5,10 +5,11 @@
     python benchmarks/alignment.py --summary shared.jsonl separate.jsonl --write calibration/alignment.json
 
 A row is STEPS:WIDTH, then >WIDTH@SHARE for a switch after that share of the run, /UNTIL for guidance that ends early;
-without --rows it is every decision of the shipped policies and the fixed settings that the bundle has widths for. How
-the bundle stores its widths (mode) comes from its manifest. Every row draws the same held-out captions with the same
-noise, so rows are compared pairwise. One line a picture goes to the file, and a line that is there is not drawn again:
-stop at any time, and take the captions in blocks (0:32, 32:64). The summary joins files and takes what is done.
+without --rows it is every decision of the shipped policies and the fixed settings that the bundle has widths for. The
+embedded model was trained at its widths, so that bundles of either --width-mode hold the same slices and draw alike.
+Every row draws the same held-out captions with the same noise, so rows are compared pairwise. One line a picture goes
+to the file, and a line that is there is not drawn again: stop at any time, and take the captions in blocks (0:32,
+32:64). The summary joins files and takes what is done.
 """
 
 from __future__ import annotations
@@ -41,31 +42,26 @@ _ROW = re.compile(r"(\d+):([\d.]+)(?:>([\d.]+)@([\d.]+))?(?:/([\d.]+))?")
 
 
 class Row(NamedTuple):
-    """What is measured. mode: how a width below 1 is stored, "" where none is used. switch: as `Settings.switch`."""
+    """What is measured. switch: as `Settings.switch`."""
 
     steps: int
     width: float = 1.0
     guidance_until: float = 1.0
     switch: tuple[float, float] | None = None
-    mode: str = ""
 
     def widths(self) -> set[float]:
         return {self.width, *(() if self.switch is None else self.switch[1:])}
 
     def told(self) -> dict[str, Any]:
         """As calibration/alignment.json and the lines hold it: what is as usual is left out."""
-        short = {"switch": None if self.switch is None else list(self.switch), "mode": self.mode}
         named = {"steps": self.steps, "width": self.width, "guidance_until": self.guidance_until}
-        return named | {key: value for key, value in short.items() if value}
+        return named | ({} if self.switch is None else {"switch": list(self.switch)})
 
 
 def row_of(told: dict[str, Any]) -> Row:
-    """Back from `Row.told`; a line of an earlier file has a list of three, of shared widths."""
-    if "decision" in told:
-        steps, width, until = told["decision"]
-        return Row(steps, width, until, None, "shared" if width < 1 else "")
+    """Back from `Row.told`."""
     switch = tuple(told["switch"]) if "switch" in told else None
-    return Row(told["steps"], told["width"], told["guidance_until"], switch, told.get("mode", ""))
+    return Row(told["steps"], told["width"], told["guidance_until"], switch)
 
 
 def parse_row(text: str) -> Row:
@@ -90,9 +86,9 @@ def decisions() -> list[Row]:
 
 
 def fitting(rows: Sequence[Row], pipeline: Pipeline) -> list[Row]:
-    """The rows that the bundle has widths for, each once, the dearest first, with its way of storing widths."""
-    has, mode = set(pipeline.session.widths("unet")), "" if pipeline.widths is None else pipeline.widths.mode
-    able = {row._replace(mode=mode if row.widths() != {1.0} else "") for row in rows if row.widths() <= has}
+    """The rows that the bundle has widths for, each once, the dearest first."""
+    has = set(pipeline.session.widths("unet"))
+    able = {row for row in rows if row.widths() <= has}
     return sorted(able, key=lambda row: (-row.steps, -row.width, -row.guidance_until, str(row.switch)))
 
 

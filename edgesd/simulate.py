@@ -50,15 +50,12 @@ def fixed(name: str, steps: int, width: float) -> Policy:
     return Policy(name="fixed", about=name, rows=(row,))
 
 
-def measured_alignment(mode: str = "shared") -> dict[Drawable, float]:
-    """What fixed settings draw -> alignment 0..1 of the embedded model, calibration/alignment.json.
-
-    mode: how the widths below 1 are stored, which decides what is left of them.
-    """
+def measured_alignment() -> dict[Drawable, float]:
+    """What fixed settings draw -> alignment 0..1 of the embedded model, calibration/alignment.json."""
     data = json.loads((Path(str(files("edgesd.calibration"))) / "alignment.json").read_text())
     return {
         (e["steps"], e["width"], e["guidance_until"], tuple(e["switch"]) if "switch" in e else None): e["all"]
-        for e in data["measured"] if e.get("mode", mode) == mode
+        for e in data["measured"]
     }  # fmt: skip
 
 
@@ -82,14 +79,12 @@ def simulate(
 ) -> list[Outcomes]:  # fmt: skip
     """Every fixed setting and policy (all that ship where none is named) in the time the baseline takes for `pictures`.
 
-    widths: that the bundle is taken to have besides its own; their cost is then an estimate, their alignment that
-    of shared weights.
+    widths: that the bundle is taken to have besides its own; their cost is then an estimate.
     """
     if not 1 <= pictures <= MAX_PICTURES:
         raise RequestError(f"{pictures} pictures", f"1 to {MAX_PICTURES}", "Change --pictures")
     limits, work = offered(manifest, widths), work_of(manifest, trace.macs_per_call)
-    mode = "shared" if work.widths is None else work.widths.mode
-    known = measured_alignment(mode) if manifest.model.name == "shapes" else {}
+    known = measured_alignment() if manifest.model.name == "shapes" else {}
     runs: dict[str, tuple[Policy, Limits]] = {
         name: (fixed(name, steps, width), Limits((steps,), (width,), min_width=width, max_width=width))
         for name, (steps, width) in FIXED.items()

@@ -21,9 +21,8 @@ def line(row, caption, right):
 
 def test_rows_are_read_and_written_alike():
     assert alignment.parse_row("15:1>0.75@0.5/0.8") == Row(15, 1.0, 0.8, (0.5, 0.75))
-    for row in (Row(20), Row(15, 0.5, mode="shared"), Row(15, 1.0, 1.0, (0.4, 0.5), "separate")):
+    for row in (Row(20), Row(15, 0.5), Row(15, 1.0, 1.0, (0.4, 0.5))):
         assert alignment.row_of(json.loads(json.dumps(row.told()))) == row
-    assert alignment.row_of({"decision": [15, 0.75, 1.0]}) == Row(15, 0.75, mode="shared")
     assert alignment.parse_block("32:64") == range(32, 64)
     with pytest.raises(RequestError, match="row 'wide'"):
         alignment.parse_row("wide")
@@ -51,14 +50,14 @@ def test_only_what_is_missing_is_drawn(tmp_path, monkeypatch):
 
 def test_a_summary_compares_pairwise_and_replaces_what_saw_fewer_captions(tmp_path):
     one, two, into = tmp_path / "one.jsonl", tmp_path / "two.jsonl", tmp_path / "alignment.json"
-    narrow = Row(20, 0.5, mode="shared")
+    narrow = Row(20, 0.5)
     one.write_text("".join(line(Row(20), i, True) for i in range(4)))
     two.write_text("".join(line(narrow, i, i > 1) for i in range(4)) + line(Row(15), 0, False))
     told = {alignment.row_of(entry): entry for entry in alignment.summary([one, two])}
     assert (told[narrow]["all"], told[narrow]["difference"], told[narrow]["captions"]) == (0.5, -0.5, 4)
     measured = [Row(15).told() | {"captions": 128, "all": 0.7}, Row(20).told() | {"all": 0.1},
-                Row(20, 0.5, mode="separate").told() | {"all": 0.6}]  # fmt: skip
+                Row(20, 0.75).told() | {"all": 0.6}]  # fmt: skip
     into.write_text(json.dumps({"model": "shapes", "measured": measured}))
     alignment.merge(list(told.values()), into)
     now = {alignment.row_of(e): e["all"] for e in json.loads(into.read_text())["measured"]}
-    assert now == {Row(20): 1.0, narrow: 0.5, Row(15): 0.7, Row(20, 0.5, mode="separate"): 0.6}
+    assert now == {Row(20): 1.0, narrow: 0.5, Row(15): 0.7, Row(20, 0.75): 0.6}

@@ -24,14 +24,13 @@ MARGIN = 0.75  # a switch must leave at most this share of the error that its un
 class Widths:
     """macs: share of the widest's MACs a call by width. errors: by width, per tenth of the run, the error it adds to
     the finished latents (mean square); empty = not measured. load_calls: loading it, in calls of the widest. bytes: its
-    weights in memory, at most. mode: how their weights are stored, "separate" or "shared" (docs/widths.md).
+    weights in memory, at most.
     """
 
     macs: Mapping[float, float]
     errors: Mapping[float, tuple[float, ...]]
     load_calls: Mapping[float, float]
     bytes: Mapping[float, int]
-    mode: str = "separate"
 
     def share(self, width: float) -> float:
         """What a call at a width costs of one at 1; one the bundle has not by SD 1.5's shape."""
@@ -81,8 +80,6 @@ def read_widths(manifest: Manifest) -> Widths | None:
         loads = {float(w): float(x) for w, x in told.get("load_calls", {}).items()}
         good = all(len(row) == BINS and all(0 <= x < math.inf for x in row) for row in errors.values())
         good = good and all(0 <= x < math.inf for x in loads.values()) and len(errors) <= 64 and len(loads) <= 64
-        mode = told.get("mode", "separate")
-        good = good and mode in ("separate", "shared")
     except (TypeError, ValueError, AttributeError):
         good = False
     if not good:
@@ -92,5 +89,4 @@ def read_widths(manifest: Manifest) -> Widths | None:
     return Widths(
         {w: v.macs / whole for w, v in variants.items()}, errors, loads,
         {w: min(sum(sizes[f] for f in v.files), 4 * v.params) for w, v in variants.items()},
-        mode,
     )  # fmt: skip
