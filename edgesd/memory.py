@@ -32,6 +32,7 @@ LANE_BYTES = 245
 # channel of the first block: the graph of a backward pass.
 PLANNING_BYTES, GRAPH_LANE_BYTES = 1000 << 20, 1100
 PLANNING = "planning the UNet's int8"
+LARGE_PARAMS = 200_000_000  # of a UNet: a whole run takes minutes
 OWN_BYTES = 500 << 20  # this process beside its children: configs read, shapes counted
 GIB = 1 << 30
 

@@ -19,6 +19,7 @@ from edgesd import targets
 from edgesd.child import in_child
 from edgesd.errors import RequestError
 from edgesd.manifest import Variant
+from edgesd.memory import LARGE_PARAMS
 from edgesd.recording import recorded
 from edgesd.stages import LIBRARIES
 from edgesd.stages import key as stage_key
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
     from edgesd.targets import Target
     from edgesd.workers import Workers
 
-CALLS, CALLS_OF_LARGE, LARGE_PARAMS = 480, 80, 200_000_000
+CALLS, CALLS_OF_LARGE = 480, 80
 FACTS = "facts.json"
 
 

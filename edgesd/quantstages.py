@@ -17,6 +17,7 @@ import numpy as np
 from edgesd import narrowing
 from edgesd.buildplan import BuildPlan, Planned
 from edgesd.compress.quantplan import QUANTIZED
+from edgesd.memory import LARGE_PARAMS
 from edgesd.models.session import PART_OF
 from edgesd.recording import recorded
 from edgesd.runtime.session import Arrays, Session, Watched
@@ -33,7 +34,6 @@ if TYPE_CHECKING:
 
 Part = tuple[str, str, float]  # component, precision, width
 CALLS, CALLS_OF_LARGE = 240, 80  # UNet rows recorded; the second where a whole run of a model takes minutes
-LARGE_PARAMS = 200_000_000
 PASS_MACS = 1.2e13  # what one pass over the calls of a component may cost: 30 rows of SD 1.5's UNet
 # One step's output against float, at every noise level. Few-step models have no later step that mends an error.
 GATES_DB = {"unet": 32.0}
