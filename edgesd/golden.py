@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
 FOLDER, FACTS, TENSORS = "golden", "golden/golden.json", "golden/golden.safetensors"
 FORMAT: Literal["edgesd-golden-1"] = "edgesd-golden-1"
-LARGE_STEPS = 8  # of a model whose whole run takes minutes
+STEPS = 8
 PICTURE_SIDE = 512  # pixels a side of the recorded picture, at most
 MAX_READ_BYTES = 1 << 30
 _AGAIN = "Package the model again"
@@ -174,18 +174,13 @@ def prompt_for(spec: ModelSpec) -> str:
     return _PROMPTS.get(spec.name, _NEUTRAL)
 
 
-def settings_for(
-    spec: ModelSpec, steps_of: Mapping[str, Sequence[int]], prompt: str | None = None, *, large: bool = False
-) -> Settings:
+def settings_for(spec: ModelSpec, steps_of: Mapping[str, Sequence[int]], prompt: str | None = None) -> Settings:
     """The run to record for a bundle. steps_of: the step counts its tables hold, by sampler.
 
-    The model's default sampler if it is there (else the first), the step count nearest to its own, the model's own
-    guidance: what people will draw, since the picture of a shorter run is not whole and shows errors that later steps
-    would mend. large: 8 steps at most; the reference alone takes a minute a step there.
+    The model's default sampler if it is there (else the first), the step count nearest to 8, the model's own guidance.
     """
     sampler = spec.defaults.sampler if spec.defaults.sampler in steps_of else next(iter(steps_of))
-    wanted = min(spec.defaults.steps, LARGE_STEPS) if large else spec.defaults.steps
-    steps = min(steps_of[sampler], key=lambda count: (abs(count - wanted), count))
+    steps = min(steps_of[sampler], key=lambda count: (abs(count - STEPS), count))
     prompt = prompt_for(spec) if prompt is None else prompt
     return Settings(prompt=prompt, sampler=sampler, num_inference_steps=steps, guidance_scale=spec.defaults.guidance)
 

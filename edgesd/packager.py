@@ -160,9 +160,7 @@ def _record_truth(plan: BuildPlan, narrow: Path | None, folder: Path) -> None:
             truth = replace(truth, bank=bank, tokenizers=())
             (files / PROMPTS).parent.mkdir(exist_ok=True)
             (files / PROMPTS).write_bytes(bank.dump())
-        large = plan.dense_unet_params > memory.LARGE_PARAMS
-        steps_of = {name: steps for name in plan.samplers}
-        settings = golden.settings_for(plan.checkpoint.spec, steps_of, _prompt(plan), large=large)
+        settings = golden.settings_for(plan.checkpoint.spec, {name: steps for name in plan.samplers}, _prompt(plan))
         recorded = golden.record(truth, settings)
         recorded.save(files)
         factors, bias = fit_rgb(truth)

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgesd.errors import RequestError
-from edgesd.memory import LARGE_PARAMS
 from edgesd.recording import recorded
 from edgesd.stages import LIBRARIES
 from edgesd.stages import key as stage_key
@@ -121,9 +120,7 @@ def measure(model: LoadedModel, smaller: Any) -> dict[str, float]:
     from edgesd.sources import torch_pipeline
 
     original = torch_pipeline(model)
-    large = sum(parameter.numel() for parameter in model.modules[PART].parameters()) > LARGE_PARAMS
-    steps_of = {model.spec.defaults.sampler: range(1, model.spec.defaults.steps + 1)}
-    settings: Settings = golden.settings_for(model.spec, steps_of, large=large)
+    settings: Settings = golden.settings_for(model.spec, {model.spec.defaults.sampler: (golden.STEPS,)})
     stored = golden.record(original, settings)
     other = torch_pipeline(replace(model, modules={**model.modules, PART: smaller}))
     same: dict[str, Any] = {

@@ -104,9 +104,7 @@ def test_the_run_to_record_is_one_the_bundle_can_repeat(fake_target):
     chosen = golden.settings_for(spec, {"ddim": range(20, 31)})
     assert (chosen.sampler, chosen.num_inference_steps) == ("ddim", 20)
     chosen = golden.settings_for(spec, {"ddim": (1,), spec.defaults.sampler: range(1, 51)})
-    assert (chosen.sampler, chosen.num_inference_steps) == (spec.defaults.sampler, spec.defaults.steps)
-    chosen = golden.settings_for(spec, {"ddim": range(1, 51)}, large=True)
-    assert chosen.num_inference_steps == golden.LARGE_STEPS < spec.defaults.steps
+    assert (chosen.sampler, chosen.num_inference_steps) == (spec.defaults.sampler, golden.STEPS)
 
 
 @pytest.mark.parametrize("spoil", ["missing", "nan", "shape", "json", "unknown"])
