@@ -170,7 +170,8 @@ def rows(work: Path) -> list[dict[str, Any]]:
     """Per variant: figures, and the paired difference to the float model over the captions it drew."""
     found = []
     for name, row, facts in paired.rows(work, VARIANTS):
-        row |= {"settings": VARIANTS[name], **{key: round(facts[key], 4) for key in ("macs_off", "params_off")}}
+        off = {key: round(facts.get(key, 0.0), 4) for key in ("macs_off", "params_off")}
+        row |= {"settings": VARIANTS[name], **off}
         found.append(row if name == FLOAT else row | {"snr_db": facts["snr_db"], "seconds": facts["seconds"]})
     return found
 
@@ -219,6 +220,8 @@ def draw_curve(found: list[dict[str, Any]], path: Path) -> None:
     for line, mark in zip(LINES, "xv^os", strict=True):
         names = {f"{line} {share:.0%}" for share in (0.125, 0.25, 0.4, 0.5)}
         points = sorted((r for r in found if r["name"] in names), key=lambda r: r["macs_off"])
+        if not points:
+            continue
         base = {r["name"]: r["alignment"] - r["difference"] for r in points}
         x = [0.0, *(100 * r["macs_off"] for r in points)]
         y = [100.0, *(100 * r["keeps"] for r in points)]
