@@ -1,8 +1,8 @@
 """Alignment of a bundle at what its policies can come to: steps, width, guidance, a switch of width; resumable.
 
-    python benchmarks/alignment.py shapes-openvino.edgesd --out shared.jsonl --captions 0:128
-    python benchmarks/alignment.py shapes-openvino.edgesd --out shared.jsonl --rows 15:1 "15:1>0.75@0.5"
-    python benchmarks/alignment.py --summary shared.jsonl separate.jsonl --write calibration/alignment.json
+    python benchmarks/alignment.py shapes-openvino.edgesd --out first.jsonl --captions 0:128
+    python benchmarks/alignment.py shapes-openvino.edgesd --out first.jsonl --rows 15:1 "15:1>0.75@0.5"
+    python benchmarks/alignment.py --summary first.jsonl second.jsonl --write calibration/alignment.json
 
 A row is STEPS:WIDTH, then >WIDTH@SHARE for a switch after that share of the run, /UNTIL for guidance that ends early;
 without --rows it is every decision of the shipped policies and the fixed settings that the bundle has widths for. The
